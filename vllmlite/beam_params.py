@@ -52,8 +52,9 @@ class BeamSearchParams:
     temperature: float = 0.0
     """Divides the logits; 0: they are used as they are."""
     length_penalty: float = 1.0
-    """See :class:`BeamOptions`. Only generated tokens count, as in transformers."""
+    """A sequence's score is its log-probability divided by the number of its generated tokens to this power."""
     early_stopping: bool | Literal["never"] = False
-    """See :class:`BeamOptions`."""
+    """When to stop, once ``beam_width`` sequences have finished: True: at once; False: if the best beam, at its present
+    length, is no better than the worst of them; "never": if no beam can become better."""
     include_stop_str_in_output: bool = False
     """Keep the token that ended a sequence."""

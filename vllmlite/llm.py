@@ -139,7 +139,7 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
-        """See :meth:`LLMEngine.reset_prefix_cache`."""
+        """Empty the prefix cache and return True, as in vLLM. vLLM's arguments must be False."""
         return self.llm_engine.reset_prefix_cache(reset_running_requests, reset_connector)
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:

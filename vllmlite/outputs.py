@@ -135,7 +135,7 @@ class EmbeddingRequestOutput:
 
 
 TIER_EVENTS = ("saved", "loaded", "dropped", "read", "written", "failed")
-"""What happens to blocks in cache tiers."""
+"""Events of blocks in cache tiers that are counted."""
 
 
 @dataclass(slots=True)

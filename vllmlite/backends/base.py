@@ -162,7 +162,8 @@ class Backend(ABC):
         return dequantized(weight, dtype)
 
     def repack(self, codes: StoredCodes, bits: int) -> NDArray[np.uint8]:
-        """What :meth:`StoredCodes.repacked` returns."""
+        """Return ``codes`` as rows of ``bits``, 4 or 8, bits a code: uint8 ``[rows, ceil(columns * bits / 8)]``, low
+        bits first."""
         return codes.repacked(bits)
 
     def quantize(self, weight: HostTensor, scheme: str) -> PackedWeight:

@@ -48,15 +48,15 @@ class SingleRank:
     sharing = 1
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """``x`` itself."""
+        """Return ``x``, the sum over one rank."""
         return x
 
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
-        """``x`` itself."""
+        """Return ``x``, all that there is to gather from one rank."""
         return x
 
     def least(self, value: int) -> int:
-        """``value`` itself."""
+        """Return ``value``, the least of one rank."""
         return value
 
     def send(self, x: Tensor) -> None:

@@ -344,7 +344,7 @@ class _PinnedBlocks(HostBlocks):
 
 
 def _form(weight: PackedWeight) -> tuple[Any, ...]:
-    """What parts must have in common so that one kernel launch multiplies them."""
+    """Return the properties that parts must have in common so that one kernel launch multiplies them."""
     scheme = weight.scheme
     if isinstance(scheme, Float8Scheme):
         inputs = weight.parts["input_scale"].data.tobytes() if scheme.inputs == "static" else None

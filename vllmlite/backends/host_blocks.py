@@ -75,9 +75,11 @@ class SynchronousHostBlocks(HostBlocks):
         self.memory = mapped(fd, self.memory.shape)
 
     def save(self, blocks: Ids, places: Ids) -> None:
-        """See :meth:`HostBlocks.save`."""
+        """Copy each of ``blocks`` to the place in host memory of the same index. IndexError, and nothing copied, if
+        there is no such block or place."""
         self._copy(blocks, places, self.memory, True)
 
     def load(self, places: Ids, blocks: Ids) -> None:
-        """See :meth:`HostBlocks.load`."""
+        """Copy each of ``places`` in host memory to the block of the same index. IndexError, and nothing copied, if
+        there is no such block or place."""
         self._copy(blocks, places, self.memory, False)

@@ -250,7 +250,9 @@ def choose(logits: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
 
 
 def accept(ids: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.Tensor:
-    """See ``Backend.accept``."""
+    """Compare the sampled ``ids [N]`` with the drafts of ``batch``, and record the accepted ids in the slots. Returns
+    int32 ``[N]``: 1 for accepted. A slot's first id is accepted, and a further one if the id before it was accepted and
+    equals the draft."""
     made: SamplePlan = batch.backend.sampling
     accepted, sample_slots, last = torch.ones_like(ids), batch.sample_slots.long(), ids
     if made.drafts is not None:

@@ -1,10 +1,11 @@
-"""One file of bounded size that keeps blocks under their hashes and returns only blocks that are as they were written.
+"""A file of bounded size that stores blocks by their hashes, and returns only blocks that are exactly as they were
+written.
 
 Layout: a header, a table with an entry for each slot, and the slots, each of the size of a block. An entry has the hash
 of the block, the checksum of fingerprint, hash and contents, and a number that grows with each write. It is cleared
-before its slot is written and set afterwards, so that a process that is killed leaves whole blocks or none; what the
-machine itself may lose or flip, the checksums find. The fingerprint says what the contents depend on apart from the
-hash: a file with another one is erased.
+before its slot is written and set afterwards, so that a process that is killed leaves whole blocks or none; damage by
+the machine itself is found by the checksums. The fingerprint names everything besides the hash that the contents depend
+on: a file with another one is erased.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 HEADER = struct.Struct("<16s32sQQ32s")
-"""Magic, fingerprint, bytes of a block, number of slots, checksum of these."""
+"""Magic number, fingerprint, bytes of a block, number of slots, checksum of these."""
 ENTRY = struct.Struct("<32s32sQ8s")
 """Hash, checksum of the contents, sequence number, checksum of these."""
 MAGIC = b"vllmlite-blocks1"
@@ -29,13 +30,12 @@ ZEROS = bytes(1 << 20)
 
 
 class BlockFile:
-    """Blocks of ``block_bytes`` bytes in an open, locked file; the least recently used ones are overwritten.
-
-    One thread reads and writes; any thread may ask for what is there."""
+    """Blocks of ``block_bytes`` bytes in an open, locked file; the least recently used ones are overwritten. One thread
+    reads and writes; any thread may look up hashes."""
 
     def __init__(self, fd: int, max_bytes: int, block_bytes: int, fingerprint: bytes) -> None:
-        """Take over the descriptor ``fd``. The file is erased unless it was written with the same arguments. ValueError
-        if it could hold no block."""
+        """Use the descriptor ``fd``, and close it at the end. The file is erased unless it was written with the same
+        arguments. Raises ValueError if it is too small for one block."""
         self._fd = fd
         self._block_bytes = block_bytes
         self._stride = _aligned(block_bytes)
@@ -61,7 +61,7 @@ class BlockFile:
         self._header = header
 
     def __contains__(self, digest: bytes) -> bool:
-        """Return whether there is a block of this hash, as far as the table says."""
+        """Return whether the table has an entry for this hash; the block itself may turn out to be damaged."""
         return digest in self._slots
 
     def __len__(self) -> int:
@@ -80,8 +80,8 @@ class BlockFile:
                 os.posix_fadvise(self._fd, self._at(slot), self._block_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, digest: bytes, *parts: NDArray[np.uint8]) -> bool:
-        """Read a block into arrays of contiguous bytes, one after the other. Returns False if the block is not there or
-        not as it was written; the arrays have arbitrary contents then."""
+        """Read a block into arrays of contiguous bytes, one after the other. Returns False if the block is missing or
+        damaged; the arrays then have arbitrary contents."""
         slot = self._slots.get(digest)
         if slot is None:
             return False
@@ -96,8 +96,8 @@ class BlockFile:
         return True
 
     def write(self, digest: bytes, *parts: NDArray[np.uint8]) -> None:
-        """Write a block, which is the bytes of ``parts``, unless it is there. OSError, and the block is not there, if
-        the disk is full or fails."""
+        """Write a block, which consists of the bytes of ``parts``, unless it is there. Raises OSError, and does not
+        keep the block, if the disk is full or fails."""
         if digest in self._slots:
             self._slots.move_to_end(digest)
             return
@@ -126,7 +126,7 @@ class BlockFile:
         self._free = list(range(self.num_slots))[::-1]
 
     def close(self) -> None:
-        """Close the file, and with that unlock it."""
+        """Close the file, which also unlocks it."""
         os.close(self._fd)
 
     def _at(self, slot: int) -> int:
@@ -193,7 +193,7 @@ class BlockFile:
 
 
 def file_size(num_slots: int, block_bytes: int) -> int:
-    """Return the size of a file of so many slots."""
+    """Return the bytes of a file of ``num_slots`` slots."""
     return num_slots * (_aligned(block_bytes) + ENTRY.size) + 2 * ALIGNMENT
 
 

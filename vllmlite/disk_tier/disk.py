@@ -15,17 +15,18 @@ from vllmlite.engine.tiers import Transfer
 logger = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 5.0
-"""Time that blocks which are still to be written get when the process ends."""
+"""Maximum seconds for which queued blocks are still written when the process ends."""
 
 
 class DiskTier:
-    """See :class:`~vllmlite.engine.tiers.Disk`. Reads come before writes."""
+    """Cache tier on disk: a thread reads blocks from a file into host memory, and writes them. Reads come before
+    writes."""
 
     def __init__(self, file: BlockFile, memory: PlaceMemory) -> None:
         """Move blocks between ``file`` and the places of ``memory``."""
         self._worker = _Worker(file, memory)
         self.close = weakref.finalize(self, self._worker.close)
-        """Write what is queued, as far as the time allows, and close the file; done when the process ends."""
+        """Write queued blocks for at most :data:`CLOSING_SECONDS`, and close the file; called when the process ends."""
 
     @property
     def seconds_per_block(self) -> float | None:
@@ -33,17 +34,17 @@ class DiskTier:
         return self._worker.seconds_per_block
 
     def __contains__(self, digest: bytes) -> bool:
-        """Return whether the file has, or is about to have, the block of this hash."""
+        """Return whether the file has the block of this hash, or is about to write it."""
         worker = self._worker
         return not worker.erasing and (digest in worker.file or digest in worker.writing)
 
     def read(self, digest: bytes, place: int) -> None:
-        """Begin to read a block into a place."""
+        """Begin to read a block to a place in host memory."""
         self._worker.ahead.append(digest)
         self._worker.put(self._worker.reads, (digest, place))
 
     def write(self, digest: bytes, place: int) -> None:
-        """Begin to write a place's block."""
+        """Begin to write the block at a place in host memory."""
         self._worker.writing.add(digest)
         self._worker.put(self._worker.writes, (digest, place))
 
@@ -56,13 +57,13 @@ class DiskTier:
         return found
 
     def wait(self, seconds: float) -> None:
-        """Wait until a transfer has finished, at most so long."""
+        """Wait until a transfer has finished, for at most ``seconds``."""
         worker = self._worker
         with worker.changed:
             worker.changed.wait_for(lambda: worker.finished, seconds)
 
     def cancel(self) -> None:
-        """Drop the transfers that have not begun, and wait for the one that has; none of them is reported."""
+        """Drop the transfers that have not begun, and wait for one that has. None of them is reported as finished."""
         worker = self._worker
         with worker.changed:
             worker.drop_queued()
@@ -79,7 +80,7 @@ class DiskTier:
 
 
 class _Worker:
-    """The thread's state; it does not refer to the DiskTier, whose end ends the thread."""
+    """The state of the thread. It does not refer to the DiskTier, so that the thread ends when that is deleted."""
 
     def __init__(self, file: BlockFile, memory: PlaceMemory) -> None:
         self.file, self.memory = file, memory
@@ -87,10 +88,10 @@ class _Worker:
         self.reads: deque[tuple[bytes, int]] = deque()
         self.writes: deque[tuple[bytes, int]] = deque()
         self.writing: set[bytes] = set()
-        """Hashes in ``writes``."""
+        """Hashes of the blocks in ``writes``."""
         self.finished: list[Transfer] = []
         self.ahead: list[bytes] = []
-        """Hashes in ``reads`` of which the system has not been told."""
+        """Hashes of the blocks in ``reads`` that the system has not been asked to read ahead."""
         self.erasing = False
         self.busy = False
         self.seconds_per_block: float | None = None
@@ -122,7 +123,7 @@ class _Worker:
         self.ahead.clear()
 
     def close(self) -> None:
-        """Write what is queued, as far as the time allows, and close the file."""
+        """Write queued blocks for at most :data:`CLOSING_SECONDS`, and close the file."""
         with self.changed:
             if self._thread is not None:
                 self.changed.wait_for(lambda: not (self.writes or self.busy or self.erasing), CLOSING_SECONDS)

@@ -1,4 +1,6 @@
-"""What the contents of a block depend on apart from its hash: the weights, and the arithmetic applied to them."""
+"""Fingerprint of everything, besides its hash, that the contents of a block depend on: the weights, and the arithmetic
+that is applied to them.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from pathlib import Path
 from vllmlite.weights.gguf_parts import named_parts
 
 WHOLE_BYTES = 1 << 20
-"""Files of up to this size are read as a whole."""
+"""Maximum size of files that are read completely."""
 SAMPLES, SAMPLE_BYTES = 64, 4096
-"""How much of larger files is read; their sizes and times of change count too."""
+"""Number and size of the samples that are read of larger files, whose sizes and modification times also count."""
 
 
 def fingerprint(weights: Path, *facts: object) -> bytes:
@@ -35,7 +37,7 @@ def fingerprint(weights: Path, *facts: object) -> bytes:
 
 
 def module_digest(name: str) -> str:
-    """Return the digest of an imported extension module's file, which stands for the version of its kernels."""
+    """Return the digest of an imported extension module's file, which identifies the version of its kernels."""
     path = getattr(sys.modules.get(name), "__file__", None)
     return "" if path is None else sha256(Path(path).read_bytes()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Files that only their owner can read, in a directory of their owner's, without following links."""
+"""Files that only their owner can read, in a directory of the owner; links are not followed."""
 
 from __future__ import annotations
 

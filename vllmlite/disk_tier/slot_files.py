@@ -1,4 +1,4 @@
-"""Files of saved prompts, one for each name: what llama.cpp's ``/slots`` saves and restores."""
+"""Files of saved prompts, each with a name; llama.cpp's endpoint ``/slots`` saves and restores them."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class SlotFiles:
             raise ParameterError("filename", name, f"cannot be written: {error.strerror}") from None
 
     def finish(self, file: BlockFile, name: str) -> None:
-        """Give the file that was begun its name, in place of another one."""
+        """Give the started file its name; it replaces a file of that name."""
         file.close()
         self._directory.replace(PARTIAL, name)
 
     def abandon(self, file: BlockFile) -> None:
-        """Remove the file that was begun."""
+        """Remove the started file."""
         file.close()
         self._directory.remove(PARTIAL)
 
     def open(self, name: str) -> BlockFile:
-        """Open a file. Raises ParameterError if it is missing or of another model."""
+        """Open a file. Raises ParameterError if it is missing, or belongs to another model."""
         _check(name)
         try:
             fd = self._directory.open(name, os.O_RDWR)

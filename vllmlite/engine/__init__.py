@@ -1,1 +1,3 @@
-"""Policy: which request computes how many tokens in which cache blocks. Plain Python; no tensors anywhere."""
+"""Scheduling policy: decides how many tokens of each request a step computes, and in which cache blocks. Plain Python
+without tensors.
+"""

@@ -23,7 +23,7 @@ class AdapterSource(Protocol):
     """Reads adapters into host memory, where it keeps some of them. Its methods may be called by any thread."""
 
     def knows(self, source: Any) -> bool:
-        """Return whether :meth:`identify` need not read a file."""
+        """Return whether the adapter's key is known, so that :meth:`identify` returns without reading a file."""
         ...
 
     def identify(self, source: Any) -> AdapterKey:
@@ -37,7 +37,7 @@ class AdapterSource(Protocol):
         ...
 
     def forget(self, source: Any) -> bool:
-        """Drop what is known of an adapter. Returns whether it was known."""
+        """Drop an adapter from memory. Returns whether it was known."""
         ...
 
 
@@ -45,31 +45,33 @@ class AdapterRunner(Protocol):
     """A runner that puts adapters on its device."""
 
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
-        """See :class:`~vllmlite.engine.runner_protocol.Runner`."""
+        """Put an adapter on the device in slot ``index``, which no step uses, in parts; yields the bytes of each.
+        Raises VllmliteError if it cannot be used."""
         ...
 
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """A slot on the device and its adapter."""
+    """A slot for an adapter on the device."""
 
     index: int
-    """The runner's number of the slot, from 1 on."""
+    """Number of the slot in the runner, from 1 on."""
     key: AdapterKey | None = None
     ready: bool = False
-    """Whether the adapter is on the device as a whole."""
+    """Whether all parts of the adapter are on the device."""
     loading: Iterator[int] | None = None
     """Puts the rest of the adapter on the device, part by part."""
     users: int = 0
-    """Running requests that use it."""
+    """Number of running requests that use the adapter."""
     last_use: int = 0
-    """When it was last given to a request: a counter."""
+    """Value of a counter when a request last began to use the adapter; larger is later."""
     idle_from: int = 0
-    """Number of the first step that none of its former users is in."""
+    """Number of the first step that cannot contain any former user of the slot."""
     closed_from: Key | None = None
     """Requests with this key or a larger one are not admitted; None: all are."""
     promised: Request | None = None
-    """The first of the requests for which the adapter was loaded; keeps its slot until it is admitted."""
+    """The first of the requests for which the adapter was loaded; the adapter keeps the slot until this request is
+    admitted."""
 
     def is_idle(self, key: Key) -> bool:
         """Return whether the slot can be taken for a request with ``key``."""
@@ -82,13 +84,13 @@ class Resident:
 
 @dataclass(slots=True)
 class AdapterSlots:
-    """The slots on the device, and the requests that are set aside until their adapter has one."""
+    """The adapter slots on the device, and the requests that wait until their adapter has one."""
 
     num_slots: int
     residents: list[Resident] = field(init=False)
     _by_digest: dict[str, Resident] = field(default_factory=dict)
     _aside: dict[str, list[tuple[Key, Request]]] = field(default_factory=dict)
-    """Digest → heap of requests."""
+    """Digest of an adapter → heap of the requests that wait for it."""
     next_step: int = 0
     """Number of the next step to be launched."""
     _clock: int = 0
@@ -99,7 +101,7 @@ class AdapterSlots:
 
     @property
     def in_use(self) -> bool:
-        """Whether requests are set aside, or an adapter is being loaded."""
+        """Whether requests wait for an adapter, or an adapter is being loaded."""
         return bool(self._aside) or any(self._to_load())
 
     def admits(self, request: Request) -> bool:
@@ -125,7 +127,7 @@ class AdapterSlots:
         return resident.index
 
     def release(self, request: Request) -> None:
-        """Take back a user."""
+        """Count one user of the request's adapter less."""
         assert request.adapter is not None
         resident = self._by_digest[request.adapter.digest]
         resident.users -= 1
@@ -152,7 +154,8 @@ class AdapterSlots:
         return found
 
     def _make_room(self, request: Request, key: Key, first_step: int) -> None:
-        """Give a slot to the request's adapter, or close one. ``first_step`` is the first one in flight."""
+        """Assign a slot to the request's adapter; if none is free, close one to later requests. ``first_step`` is the
+        oldest step in flight."""
         assert request.adapter is not None
         idle = [each for each in self.residents if each.is_idle(key)]
         if idle:
@@ -173,7 +176,7 @@ class AdapterSlots:
         self._by_digest[key.digest] = resident
 
     def empty(self, resident: Resident) -> None:
-        """Take an adapter without users off its slot."""
+        """Remove an adapter, which has no users, from its slot."""
         if resident.key is not None:
             del self._by_digest[resident.key.digest]
         resident.key, resident.ready, resident.loading, resident.promised = None, False, None, None
@@ -181,8 +184,8 @@ class AdapterSlots:
     def load(
         self, source: AdapterSource, runner: AdapterRunner, most_bytes: int, timeout: float
     ) -> Iterator[tuple[list[Request], VllmliteError]]:
-        """Go on putting adapters on the device, about ``most_bytes`` of each; see :meth:`AdapterSource.take` about
-        ``timeout``. Yields the requests that wait for an adapter that cannot be loaded, with the reason."""
+        """Load adapters to their slots, about ``most_bytes`` of each; wait up to ``timeout`` seconds for their files.
+        Yields the requests whose adapter cannot be loaded, with the error."""
         for resident in list(self._to_load()):
             assert resident.key is not None
             try:
@@ -202,11 +205,11 @@ class AdapterSlots:
                 yield [request for _, request in waiting], error
 
     def _to_load(self) -> Iterator[Resident]:
-        """Yield the slots whose adapter is not on the device as a whole."""
+        """Yield the slots whose adapter is not completely on the device."""
         return (each for each in self.residents if each.key is not None and not each.ready)
 
     def forget(self, source: Hashable) -> None:
-        """Take the adapter that was read from ``source`` off its slot, unless a request uses or awaits it."""
+        """Remove the adapter that was read from ``source`` from its slot, unless a request uses it or waits for it."""
         for each in self.residents:
             if each.key is None or each.key.source != source or not each.ready or each.users:
                 continue
@@ -218,7 +221,7 @@ class AdapterSlots:
         return (request for heap in self._aside.values() for _, request in heap if request.is_waiting)
 
     def restart(self) -> None:
-        """Forget all requests, and begin anew to load what is not on the device as a whole."""
+        """Forget all requests, and start loading again where adapters are not completely on the device."""
         self._aside.clear()
         for resident in self.residents:
             resident.users, resident.closed_from = 0, None
@@ -226,7 +229,7 @@ class AdapterSlots:
                 self.empty(resident)
 
     def check_integrity(self, running: Iterable[Request]) -> None:
-        """Raise AssertionError where slots and users disagree."""
+        """Raise AssertionError if slots and their users disagree."""
         digests = [request.adapter.digest for request in running if request.adapter is not None]
         for resident in self.residents:
             digest = None if resident.key is None else resident.key.digest

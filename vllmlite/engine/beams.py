@@ -26,7 +26,8 @@ from vllmlite.engine.scheduler import Scheduler
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """A beam, by its index, and an id after it; ``score`` is the sum of the log-probabilities of both."""
+    """A possible next id of a beam, given by the beam's index. ``score`` is the sum of the log-probabilities of the
+    beam's output and this id."""
 
     beam: int
     token_id: int
@@ -35,7 +36,7 @@ class Continuation:
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
-    """An output that has ended."""
+    """A finished output of beam search."""
 
     token_ids: list[int]
     cumulative_logprob: float
@@ -49,7 +50,7 @@ class Hypothesis:
 
 @dataclass(frozen=True, slots=True)
 class Beam:
-    """An output that goes on."""
+    """An unfinished output of beam search."""
 
     token_ids: list[int]
     score: float
@@ -58,17 +59,17 @@ class Beam:
 
 @dataclass(frozen=True, slots=True)
 class BeamState:
-    """The hypotheses of a request, the best first."""
+    """All beams and finished hypotheses of a request, the best first."""
 
     beams: list[Beam]
     finished: list[Hypothesis]
     parents: list[int]
-    """For each beam, the index of the beam that it continues."""
+    """For each beam, the index of the beam that it continues in the state before."""
     is_done: bool = False
 
 
 class BeamSearch:
-    """The beams of a request."""
+    """The beam search of one request: its beams, and the sequences that compute them."""
 
     def __init__(self, request: Request, options: BeamOptions) -> None:
         """Start a search for ``request``, which is its first sequence."""
@@ -91,7 +92,8 @@ class BeamSearch:
 
     @property
     def end_of_row(self) -> int:
-        """Number of tokens up to which the next rows may compute: those of the prompt, before it splits into beams."""
+        """Number of tokens at which the next row has to end: that of the prompt until it is computed, since beams have
+        rows of their own."""
         request = self.request
         return request.num_tokens if self.active else len(request.prompt_token_ids)
 
@@ -100,7 +102,7 @@ class BeamSearch:
         return most_blocks(self.width, len(self.request.prompt_token_ids), num_tokens, block_size)
 
     def following(self, continuations: Sequence[Continuation]) -> BeamState:
-        """Return the state after a step that chose ``continuations``, the best first."""
+        """Return the state after a step in which ``continuations`` were chosen, the best first."""
         request, state, width = self.request, self.state, self.width
         length = len(state.beams[0].token_ids) + 1
         longest = request.max_total_tokens - len(request.prompt_token_ids)
@@ -139,7 +141,8 @@ class BeamSearch:
         return BeamState(beams, finished, parents, is_done)
 
     def _is_decided(self, best: float, finished: list[Hypothesis], length: int, longest: int) -> bool:
-        """Whether the beams, of which the best has the score ``best``, no longer matter, by ``early_stopping``."""
+        """Return whether the search ends, by ``early_stopping``. ``best`` is the sum of log-probabilities of the best
+        beam, ``length`` the present length of the beams, and ``longest`` the length that they can reach."""
         if len(finished) < self.width:
             return False
         early, penalty = self._options.early_stopping, self._options.length_penalty
@@ -149,7 +152,7 @@ class BeamSearch:
         return bool(best / float(reached) ** penalty <= finished[-1].score)
 
     def advance(self, scheduler: Scheduler, state: BeamState) -> None:
-        """Go on with the beams of ``state``, which follows the present one."""
+        """Replace the current state by ``state``, and give its beams sequences."""
         self.state = state
         request = self.request
         if request.status is Status.RUNNING:
@@ -159,7 +162,8 @@ class BeamSearch:
             request.num_in_flight = 0
 
     def occupy(self, slots: list[int], schedule: Schedule) -> None:
-        """Take slots for the further beams, from the end of ``slots``; the request has been admitted with its own."""
+        """Take slots for the beams after the first from the end of ``slots``. The request has been admitted with a slot
+        of its own."""
         own = schedule.admissions[-1]
         self._adapter = own.adapter
         for _ in range(self.width - 1):
@@ -168,14 +172,14 @@ class BeamSearch:
             schedule.admissions.append(replace(own, slot=member.slot))
 
     def vacate(self, block_size: int) -> None:
-        """Drop all sequences but the request; their slots and blocks have been given back."""
+        """Drop the sequences of all beams but the request itself. Their slots and blocks have been released before."""
         self.members, self.active = [self.request], []
         self._changed = {}
         # The request's own sequence may become another one: only hashes of the prompt stay true.
         del self.request.block_hashes[len(self.request.prompt_token_ids) // block_size :]
 
     def restart(self) -> None:
-        """Go back to waiting, with nothing in the cache; the hypotheses stay."""
+        """Reset to a waiting request with nothing in the cache; the hypotheses stay."""
         self.members, self.active = [self.request], []
         self._changed = {}
         beams = []
@@ -190,12 +194,12 @@ class BeamSearch:
         self.request.grammar = beams[0].grammar
 
     def awaits_copy(self, member: Request) -> bool:
-        """Whether a sequence is to get the copy of a partial block."""
+        """Return whether the next step copies a partial block for this sequence."""
         return self._changed.get(member.slot, (0, None))[1] is not None
 
     def schedule(self, scheduler: Scheduler, budget: int, schedule: Schedule, rows: list[Request]) -> int:
-        """Append the rows of the next tokens of all beams, or of the prompt. Returns the number of tokens, 0 if the
-        budget does not suffice or if the request was preempted for want of blocks."""
+        """Append rows for the next tokens of all beams, or of the prompt. Returns the number of their tokens; 0 if the
+        budget does not suffice, or if the request was preempted because blocks ran out."""
         request = self.request
         start, prompt = request.num_computed_tokens, len(request.prompt_token_ids)
         if not self.active and start == prompt:
@@ -260,7 +264,7 @@ class BeamSearch:
             member.num_tokens = len(member.prompt_token_ids) + len(beam.token_ids)
 
     def _fork(self, scheduler: Scheduler, source: Request, target: Request | None) -> None:
-        """Have ``target`` share the computed tokens of ``source``."""
+        """Make ``target`` share the blocks with the computed tokens of ``source``."""
         assert target is not None
         size = scheduler.limits.block_size
         computed = source.num_computed_tokens
@@ -285,7 +289,7 @@ def _is_penalised(request: Request) -> bool:
 
 
 def _exchange(one: Request, other: Request) -> None:
-    """Exchange what two sequences hold of slots and cache."""
+    """Exchange the slots and the blocks of two sequences."""
     for name in (
         "slot",
         "blocks",

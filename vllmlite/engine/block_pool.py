@@ -15,13 +15,12 @@ from hashlib import sha256
 
 DIGEST_SIZE = sha256().digest_size
 PRIVATE = b"private"
-"""The end of the hashes of private sequences, after their digests."""
+"""Suffix of the block hashes of private sequences."""
 
 
 def root_digest(*parts: str, private: bool = False) -> bytes:
-    """Return the parent hash of a sequence's first block, from what contents depend on besides tokens (cache salt).
-
-    All hashes of a ``private`` sequence say so (:func:`is_private`)."""
+    """Return the parent hash of a sequence's first block, from the properties that its contents depend on besides
+    tokens (such as the cache salt). All block hashes of a ``private`` sequence are marked (:func:`is_private`)."""
     return sha256(repr(parts).encode()).digest() + (PRIVATE if private else b"")
 
 
@@ -39,7 +38,7 @@ def block_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 class BlockPool:
-    """``num_blocks`` blocks; every operation is O(1) a block."""
+    """A pool of ``num_blocks`` blocks. Every operation takes O(1) time for each block."""
 
     def __init__(self, num_blocks: int) -> None:
         """Make a pool of free blocks, none of them cached."""
@@ -56,7 +55,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Number of blocks that can be allocated, cached ones included."""
+        """Number of blocks that can be allocated, including cached ones."""
         return len(self._free)
 
     @property
@@ -65,7 +64,8 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def find(self, hashes: Iterable[bytes]) -> list[int]:
-        """Return the cached blocks of the longest prefix of ``hashes`` that the pool has; takes no reference."""
+        """Return the cached blocks of the longest prefix of ``hashes`` that the pool has. Their reference counts do not
+        change."""
         blocks = []
         for digest in hashes:
             block = self._by_hash.get(digest)
@@ -95,7 +95,8 @@ class BlockPool:
         self.peak_used = max(self.peak_used, self.num_used)
 
     def allocate(self, count: int) -> list[int]:
-        """Take ``count`` blocks, the least recently used first, and forget their hashes. So many must be free."""
+        """Take ``count`` free blocks, the least recently used first, and forget their hashes. At least ``count`` must
+        be free."""
         blocks = []
         for _ in range(count):
             block, _none = self._free.popitem(last=False)
@@ -106,10 +107,9 @@ class BlockPool:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back one reference to each block of a sequence, the sequence's last block to be reused first.
+        """Give back one reference to each block of a sequence. Of these, the sequence's last block is reused first.
 
-        Blocks without a hash cannot be shared later: they go to the front of the free list.
-        """
+        Blocks without a hash go to the front of the free list, since they cannot be shared later."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
@@ -124,12 +124,12 @@ class BlockPool:
             self._by_hash[digest] = block
 
     def forget(self, digests: Iterable[bytes]) -> None:
-        """Forget these hashes. Used blocks stay with their holders."""
+        """Remove these hashes from the prefix cache. Blocks in use stay in use."""
         for block in [self._by_hash[digest] for digest in digests if digest in self._by_hash]:
             self._forget(block)
 
     def forget_all(self) -> None:
-        """Empty the prefix cache: forget all hashes. Used blocks stay with their holders."""
+        """Remove all hashes from the prefix cache. Blocks in use stay in use."""
         for block in list(self._by_hash.values()):
             self._forget(block)
 

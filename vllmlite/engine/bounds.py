@@ -12,13 +12,14 @@ from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizers.truncation import Truncation
 
 MAX_ENDS = 1 << 14
-"""Most beams of a request, times the ids that end its output: each step reads as many continuations."""
+"""Maximum of a request's number of beams times the number of ids that end its output: each step reads as many
+continuations."""
 
 
 @dataclass(frozen=True, slots=True)
 class RequestBounds:
-    """The limits that an engine checks requests against. A plain value: the client of an engine in another process has
-    a copy, and refuses the same requests without asking the engine."""
+    """Limits against which requests are checked. A plain value, so that the client of an engine in another process can
+    refuse a request without asking the engine."""
 
     vocab_size: int
     eos_ids: frozenset[int]
@@ -28,7 +29,7 @@ class RequestBounds:
     max_logprobs: int
     """Most log-probabilities for each token; -1: no limit."""
     reasoning: ReasoningMarks | None = None
-    """The ids that open and close the model's reasoning, if they are known."""
+    """The token ids that open and close the model's reasoning; None if they are not known."""
     max_beams: int = 0
     """Most beams of a request: each takes a row of a step. 0: beam search cannot run."""
     num_blocks: int = 0

@@ -49,13 +49,13 @@ class CacheManager:
         return request.block_hashes[: (request.end_of_prefix - 1) // self.block_size]
 
     def needed_blocks(self, request: Request) -> int:
-        """Return how many blocks the known tokens of ``request`` need."""
+        """Return how many blocks all known tokens of ``request`` need."""
         if request.beams is not None:
             return request.beams.num_blocks(request.num_tokens, self.block_size)
         return -(-request.num_tokens // self.block_size)
 
     def note_prefix(self, request: Request) -> None:
-        """Count the blocks that a request has as computed and cached."""
+        """Count all blocks of a request as computed and cached."""
         request.num_cached_blocks = len(request.blocks)
         request.num_computed_tokens = len(request.blocks) * self.block_size
         if self._caches_prefixes:

@@ -134,7 +134,8 @@ class DraftPolicy:
         return Acceptance(max(self.recent.rate, LEAST_PRIOR) * PRIOR[1], PRIOR[1])
 
     def record(self, acceptance: Acceptance, drafts: int, accepted: int) -> None:
-        """Take in a verification of ``drafts`` of a request, of which the first ``accepted`` were accepted."""
+        """Update the acceptance statistics of a request with a verification of ``drafts`` drafts, the first
+        ``accepted`` of which were accepted."""
         acceptance.record(drafts, accepted)
         self.recent.record(drafts, accepted, RECENT_MEMORY)
 

@@ -71,10 +71,11 @@ class Engine(CanSleep):
         adapters: AdapterSource | None = None,
         tiers: Tiers | None = None,
     ) -> None:
-        """Start without requests. Requests without a seed of their own derive one from ``seed``. Without ``drafting``
-        nothing is speculated. Block hashes depend on ``cache_format``, which says how the key/value cache stores
-        numbers. Without ``adapters`` no request can have one. With ``tiers`` the runner must have places for blocks in
-        host memory."""
+        """Start without requests.
+
+        ``seed`` determines the seeds of requests without one. Without ``drafting`` there is no speculative decoding.
+        ``cache_format`` names the number format of the key/value cache and goes into block hashes. Without ``adapters``
+        no request can have an adapter. With ``tiers`` the runner must have host memory for blocks."""
         self.scheduler = Scheduler(limits, drafting or DraftPolicy(0), tiers)
         self.stats = EngineStats(
             num_blocks=limits.num_blocks, block_size=limits.block_size, max_adapters=limits.max_adapters
@@ -94,11 +95,11 @@ class Engine(CanSleep):
         self._in_flight: deque[tuple[Schedule, list[Request], Any]] = deque()
         self._num_added = 0
         self.saved_prefixes: SavedPrefixes | None = None
-        """Saves prompts to files and restores them, if there is a directory for that."""
+        """Saves prompts to files and restores them; None if there is no directory for that."""
         self._busy_since = 0.0
-        """When the runner began the oldest step in flight."""
+        """Time at which the runner began the oldest step in flight, from :func:`time.monotonic`."""
         self._changing = False
-        """Set while a call changes the engine; still set by the next one if that call was interrupted."""
+        """Set while a call changes the engine. If it is set when a call begins, the call before was interrupted."""
 
     def add_request(
         self,
@@ -170,7 +171,8 @@ class Engine(CanSleep):
         return bool(self._unfinished.by_id)
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
-        """End a request: ``abort``, or ``stop`` for a stop string. False if there is no such request (any more)."""
+        """End a request with ``reason``: ``abort``, or ``stop`` for a stop string. Returns False if there is no
+        unfinished request with this id."""
         self._restore_if_interrupted()
         request = self._unfinished.by_id.get(request_id)
         if request is None:
@@ -286,7 +288,7 @@ class Engine(CanSleep):
         return self.adapter_source().forget(source)
 
     def _load_adapters(self, outputs: list[EngineOutput], timeout: float) -> None:
-        """Put adapters that requests wait for on the device: a part of each, or all of them if nothing runs. Wait for
+        """Load adapters that requests wait for to the device: a part of each, or all parts if nothing runs. Wait for
         their files for up to ``timeout`` seconds."""
         scheduler = self.scheduler
         scheduler.assign_adapters(len(self._in_flight))
@@ -297,11 +299,12 @@ class Engine(CanSleep):
         scheduler.assign_adapters(len(self._in_flight))
 
     def prefix_root(self, cache_salt: str = "", *adapter: str) -> bytes:
-        """Return the parent hash of the first block of a text, with the digest of its ``adapter``."""
+        """Return the parent hash of the first block of a text with ``cache_salt`` and the digest of an ``adapter``."""
         return root_digest("salt", cache_salt, self._cache_format, *adapter, private=bool(cache_salt))
 
     def run_copies(self, copies: Copies) -> None:
-        """Have the runner make copies, and wait for them. Raises ParameterError while requests run."""
+        """Have the runner copy blocks between the pool and host memory, and wait for that. Raises ParameterError while
+        requests run."""
         tiers, outputs = self.scheduler.tiers, list[EngineOutput]()
         assert tiers is not None
         if self._unfinished.by_id:
@@ -343,7 +346,7 @@ class Engine(CanSleep):
         self._changing = False
 
     def current_stats(self) -> EngineStats:
-        """The counters, brought up to date."""
+        """Update the statistics from the scheduler, and return them."""
         refresh_stats(self.stats, self.scheduler)
         self.stats.sleep_level = self.sleep_level
         return self.stats
@@ -352,9 +355,11 @@ class Engine(CanSleep):
         return int.from_bytes(sha256(f"{self._seed}/{self._num_added}".encode()).digest()[:8], "little")
 
     def _fail(self, error: Exception, outputs: list[EngineOutput]) -> None:
-        """End the requests of the steps in flight with ``error``; without any, the running ones, or else all, so that a
-        step that always fails cannot be repeated for ever. Requests that have got an output of the failed step go on.
-        The prefix cache is emptied, since the contents of its blocks are unknown."""
+        """End requests after a step has failed with ``error``: those of the steps in flight; if there are none, the
+        running ones; if there are none either, all, so that a step that always fails is not repeated for ever.
+
+        Requests that got an output of the failed step go on. The prefix cache is emptied, since the contents of its
+        blocks are unknown."""
         reason = f"{type(error).__name__}: {error}"
         self.stats.num_failed_steps += 1
         self.stats.last_error = reason
@@ -375,9 +380,9 @@ class Engine(CanSleep):
             self._restore()
 
     def _restore(self) -> None:
-        """Rebuild everything from the requests, as if all unfinished ones had just been preempted.
+        """Rebuild all state from the requests, as if all unfinished ones had just been preempted.
 
-        If it is interrupted itself, the next call starts it again."""
+        If this call is interrupted, the next one starts it again."""
         self._unfinished.settle()
         self._in_flight.clear()
         if self.scheduler.tiers is not None:

@@ -12,7 +12,7 @@ from vllmlite.outputs import RequestMetrics
 
 @dataclass(slots=True)
 class EngineOutput:
-    """What one step produced for one request. An output with a ``finish_reason`` is the request's last."""
+    """The output of one step for one request. An output with a ``finish_reason`` is the request's last."""
 
     request_id: str
     new_token_ids: list[int]
@@ -25,7 +25,7 @@ class EngineOutput:
     prompt_logprobs: list[TokenLogprobs] | None = None
     """Log-probabilities of all prompt tokens but the first; set in a single output, once all of them are known."""
     ends_in_text: bool = False
-    """Whether the last token is part of the text although the request ended with ``stop``: it completed a grammar."""
+    """Whether the last token is part of the text although ``finish_reason`` is ``stop``: it completed a grammar."""
     pooled: list[float] | None = None
     """The vector of a pooling request, which gets no tokens."""
     beams: list[Hypothesis] | None = None

@@ -14,11 +14,11 @@ from vllmlite.sampling_params import SamplingParams
 
 
 class Grammar(Protocol):
-    """A grammar and the position of one sequence's output in it."""
+    """A grammar together with the current position of one sequence's output in it."""
 
     def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
-        """Bitmasks of the ids that may come next, and of those that may come after each of ``drafts``, as long as these
-        are allowed and do not complete the output. The position does not change.
+        """Return the bitmasks of the ids that may come next, and of those that may come after each of ``drafts``, until
+        a draft is not allowed or completes the output. The position does not change.
 
         Id ``i`` is bit ``i % 32`` of little-endian word ``i // 32``; None allows all ids."""
         ...
@@ -32,7 +32,7 @@ class Grammar(Protocol):
         ...
 
     def fork(self) -> Grammar:
-        """Return another grammar at the same position."""
+        """Return a copy of the grammar at the same position, for another sequence."""
         ...
 
 
@@ -51,7 +51,7 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True)
 class AdapterKey:
-    """An adapter: its name, what it is read from, and the digest of the contents that were found there."""
+    """Key of a LoRA adapter: its name, the source that it is read from, and the digest of its contents."""
 
     name: str
     source: Hashable
@@ -59,7 +59,8 @@ class AdapterKey:
 
 
 class Beams(Protocol):
-    """What the scheduler uses of a :class:`~vllmlite.engine.beams.BeamSearch`, whose module imports the scheduler."""
+    """The part of a :class:`~vllmlite.engine.beams.BeamSearch` that the scheduler uses; that module imports the
+    scheduler."""
 
     request: Request
     members: list[Request]
@@ -68,7 +69,7 @@ class Beams(Protocol):
 
     @property
     def end_of_row(self) -> int:
-        """Number of tokens up to which the next rows may compute."""
+        """Number of tokens at which the next row has to end."""
         ...
 
     def num_blocks(self, num_tokens: int, block_size: int) -> int:
@@ -76,11 +77,11 @@ class Beams(Protocol):
         ...
 
     def awaits_copy(self, member: Request) -> bool:
-        """Whether a sequence is to get the copy of a partial block."""
+        """Return whether the next step copies a partial block for this sequence."""
         ...
 
     def occupy(self, slots: list[int], schedule: Any) -> None:
-        """Take slots for the further beams of a request that has been admitted."""
+        """Take slots for the beams after the first, of a request that has been admitted."""
         ...
 
     def schedule(self, scheduler: Any, budget: int, schedule: Any, rows: list[Request]) -> int:
@@ -88,11 +89,11 @@ class Beams(Protocol):
         ...
 
     def vacate(self, block_size: int) -> None:
-        """Drop all sequences but the request."""
+        """Drop the sequences of all beams but the request itself."""
         ...
 
     def restart(self) -> None:
-        """Go back to waiting, with nothing in the cache."""
+        """Reset to a waiting request with nothing in the cache."""
         ...
 
 
@@ -125,21 +126,23 @@ class Request:
     params: SamplingParams
     seed: int
     max_total_tokens: int
-    """Prompt and output together never exceed this."""
+    """Maximum number of tokens of prompt and output together."""
     stop_ids: frozenset[int]
     """Ids that end the output: the model's end-of-text ids (unless ignored) and ``params.stop_token_ids``."""
     eos_ids: frozenset[int]
     root: bytes
-    """Parent digest of the first block."""
+    """Parent hash of the first block (:func:`~vllmlite.engine.block_pool.root_digest`)."""
     metrics: RequestMetrics
     bad_words: Sequence[Sequence[int]] = ()
-    """Token sequences; the last id of one is banned while the output ends with the ids before it."""
+    """Token sequences that may not occur: the last id of each is banned after the ids before it."""
     priority: int = 0
     grammar: Grammar | None = None
     """Restricts which id may come next."""
     pooling_type: str | None = None
-    """How to pool the prompt's hidden states into an embedding; None: the request generates tokens. A request for an
-    embedding gets no tokens, but counts as having one more until the embedding is collected."""
+    """How the prompt's hidden states are pooled into an embedding; None: the request generates tokens.
+
+    A request for an embedding gets no tokens, but counts one more token than its prompt until the embedding is
+    collected."""
     adapter: AdapterKey | None = None
     """The LoRA adapter that changes the model's weights for this request."""
     order: int = 0
@@ -157,9 +160,9 @@ class Request:
     block_hashes: list[bytes] = field(default_factory=list)
     """Hashes of the full blocks whose tokens are known."""
     num_cached_blocks: int = 0
-    """How many of ``blocks`` have been offered to the prefix cache."""
+    """Number of blocks at the start of ``blocks`` that have been offered to the prefix cache."""
     next_full_at: int = sys.maxsize
-    """How many tokens must be known and computed for the next block to be full; ``maxsize`` without prefix caching."""
+    """Number of computed tokens at which the next block is full; ``maxsize`` without prefix caching."""
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     drafts: list[int] = field(default_factory=list)
@@ -167,26 +170,26 @@ class Request:
     masks: list[bytes | None] = field(default_factory=list)
     """The grammar's masks for the row that is being scheduled, if it has drafts."""
     asks_at: int = 0
-    """Number of tokens from which the request is asked whether it wants drafts."""
+    """Number of tokens from which on the policy is asked again whether the request should have drafts."""
     acceptance: Acceptance = field(default_factory=Acceptance)
     awaits_drafts: bool = False
     """Whether the row in flight has drafts, or drafts are to be proposed after it."""
     awaits_blocks: bool = False
     """Whether blocks of the prefix are being read from disk."""
     waits_until: float = 0.0
-    """When to go on without them."""
+    """Time, from :func:`time.monotonic`, at which the request stops waiting for blocks from disk."""
     reads_text: bool = False
-    """Whether the next row depends on the ids of the output on the host, by a mask or in a pipeline of several stages,
-    so that it must wait for the one in flight."""
+    """Whether the next row depends on output ids that the host has to know (for a mask, or in a pipeline of several
+    stages), so that it must wait for the row in flight."""
     beams: Beams | None = None
-    """The search that the request, or one of its further sequences, belongs to."""
+    """The beam search to which this sequence belongs, if any."""
     has_bans: bool = False
     """Whether :meth:`banned_ids` can return any."""
     has_extras: bool = False
     """Whether its rows may need bans, a mask, prompt log-probabilities or pooling."""
 
     def __post_init__(self) -> None:
-        """Derive counters and flags."""
+        """Initialise the counters and flags that follow from the other fields."""
         self.num_tokens = len(self.prompt_token_ids)
         self.reads_text = self.grammar is not None or any(len(word) > 1 for word in self.bad_words)
         self.has_bans = bool(self.bad_words) or self.params.min_tokens > 0
@@ -199,7 +202,7 @@ class Request:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the request has neither a slot nor ended."""
+        """Whether the request has neither been admitted nor finished."""
         return self.status is Status.WAITING
 
     @property
@@ -209,17 +212,17 @@ class Request:
 
     @property
     def first(self) -> Request:
-        """The request itself, if this is one of its further beams."""
+        """The request to which this sequence belongs: itself, unless it is a further beam."""
         return self if self.beams is None else self.beams.request
 
     @property
     def end_of_prefix(self) -> int:
-        """Known tokens that may be found in a cache at its admission, and one more."""
+        """One more than the number of known tokens that may come from the cache when the request is admitted."""
         return self.num_tokens if self.beams is None else self.beams.end_of_row
 
     @property
     def width(self) -> int:
-        """Number of slots that it takes."""
+        """Number of slots that the request takes."""
         return 1 if self.beams is None else self.beams.width
 
     @property
@@ -241,16 +244,16 @@ class Request:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Order of service: smaller first."""
+        """Sort key of the order in which requests are served; the smallest is served first."""
         return (self.priority, self.order)
 
     @property
     def num_known_ids(self) -> int:
-        """Tokens whose ids the host has."""
+        """Number of tokens whose ids the host knows: all but those in flight."""
         return self.num_tokens - self.num_in_flight
 
     def known_ids(self, start: int, stop: int) -> list[int]:
-        """Ids of positions ``start`` up to ``stop`` (at most :attr:`num_known_ids`)."""
+        """Return the ids at positions ``start`` to ``stop`` - 1; ``stop`` is at most :attr:`num_known_ids`."""
         prompt = len(self.prompt_token_ids)
         if stop <= prompt:
             return self.prompt_token_ids[start:stop]
@@ -259,8 +262,8 @@ class Request:
         return self.prompt_token_ids[start:] + self.output_token_ids[: stop - prompt]
 
     def banned_ids(self, drafts: Sequence[int] = ()) -> list[int]:
-        """Ids that the next token after ``drafts`` may not be: ends before ``min_tokens``, and completions of bad
-        words."""
+        """Return the ids that the token after ``drafts`` may not have: ids that end the output before ``min_tokens``,
+        and ids that complete a bad word."""
         banned: list[int] = []
         if self.num_tokens + len(drafts) - len(self.prompt_token_ids) < self.params.min_tokens:
             banned.extend(self.stop_ids | self.eos_ids)
@@ -273,7 +276,7 @@ class Request:
         return banned
 
     def restart(self) -> None:
-        """Go back to waiting, with nothing computed and nothing in flight; prompt and output stay."""
+        """Reset to a waiting request with nothing computed and nothing in flight. The prompt and the output stay."""
         self.status = Status.WAITING
         self.slot = -1
         self.blocks = []
@@ -295,11 +298,11 @@ class Request:
                 self.grammar.accept(token_id)
 
     def drop_drafts(self) -> None:
-        """Forget the drafts for the next row."""
+        """Forget the drafts of the next row."""
         self.drafts, self.masks, self.asks_at = [], [], 0
 
     def finish(self, reason: str, stop_reason: int | str | None, now: float) -> None:
-        """Record how the request ended."""
+        """Mark the request as finished, with its reason and time."""
         self.status = Status.FINISHED
         self.finish_reason = reason
         self.stop_reason = stop_reason

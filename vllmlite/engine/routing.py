@@ -1,4 +1,4 @@
-"""Routing of requests to replicas of an engine: to the one that will have computed their prompt the soonest."""
+"""Choose a replica of the engine for each request: the one that will have computed its prompt the soonest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ K = TypeVar("K", bound=Hashable)
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """What a router knows about a prompt."""
+    """The prefix of a prompt, as a router compares it."""
 
     length: int
     """The prompt's length, in tokens."""
@@ -38,14 +38,14 @@ def prefix_of(prompt: Sequence[int], root: bytes, block_size: int) -> Prefix:
 
 @dataclass(slots=True)
 class _Replica:
-    """The router's view of a replica."""
+    """A replica as the router sees it."""
 
     cached: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
     """Hashes of the prompt blocks that the replica probably has in its cache, the least recently used first."""
     uncomputed: dict[str, int] = field(default_factory=dict)
-    """The unfinished requests, and the prompt tokens that were to be computed for each; 0 once it has a token."""
+    """Unfinished request → number of its prompt tokens that the replica has to compute; 0 once they are computed."""
     num_uncomputed: int = 0
-    """The sum of these numbers."""
+    """Sum of the values of ``uncomputed``."""
 
     def note_computed(self, request_id: str) -> None:
         """Note that the prompt of an unfinished request has been computed."""

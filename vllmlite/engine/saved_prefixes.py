@@ -1,4 +1,4 @@
-"""Saving the cached prefix of a text under a name, and putting it back into the cache."""
+"""Save the cached prefix of a text in a named file, and restore it from there to the cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class PrefixFile(Protocol):
     """A file of blocks."""
 
     def digests(self) -> list[bytes]:
-        """Hashes of its blocks, in the order in which they were written."""
+        """Return the hashes of its blocks, in the order in which they were written."""
         ...
 
     def read(self, digest: bytes, *parts: Any) -> bool:
@@ -26,29 +26,29 @@ class PrefixFile(Protocol):
         ...
 
     def close(self) -> None:
-        """Close it."""
+        """Close the file."""
         ...
 
 
 class PrefixFiles(Protocol):
-    """Named files, and the places of the host's memory that they are read into and written from."""
+    """Named files of blocks, and the host memory that they are read into and written from."""
 
     memory: Any
 
     def create(self, name: str, num_blocks: int) -> Any:
-        """Begin a file."""
+        """Start a file for ``num_blocks`` blocks, which gets ``name`` once it is finished."""
         ...
 
     def finish(self, file: Any, name: str) -> None:
-        """Give it its name."""
+        """Complete ``file`` and give it ``name``."""
         ...
 
     def abandon(self, file: Any) -> None:
-        """Remove it."""
+        """Remove an unfinished file."""
         ...
 
     def open(self, name: str) -> Any:
-        """Open a file."""
+        """Open the finished file ``name`` to read it. Raises ParameterError if there is none."""
         ...
 
 
@@ -58,20 +58,22 @@ class SavedPrefixes:
     def __init__(
         self, tiers: Tiers, files: PrefixFiles, root: bytes, block_size: int, run: Callable[[Copies], None]
     ) -> None:
-        """``root`` is the parent hash of texts without salt and adapter; ``run`` has the runner make copies."""
+        """Save and restore prefixes of texts without salt and adapter, whose first block has the parent hash ``root``.
+        ``run`` has the runner make block copies."""
         self._tiers, self._files = tiers, files
         self._root, self._block_size, self._run = root, block_size, run
         self._chunk = max(tiers.num_places // 4, 1)
 
     def change(self, token_ids: Sequence[int], action: str, name: str) -> int:
-        """``save``, ``restore`` or ``erase``; returns the number of tokens."""
+        """Call the method named ``action``: :meth:`save`, :meth:`restore` or :meth:`erase`; returns the number of
+        tokens."""
         if action == "save":
             return self.save(name, token_ids)
         return self.restore(name) if action == "restore" else self.erase(token_ids)
 
     def save(self, name: str, token_ids: Sequence[int]) -> int:
-        """Save the blocks that the cache has of a text; returns the number of their tokens. It may lose the last ones
-        where the host's memory is full."""
+        """Save the blocks of a text that the cache has to the file ``name``. Returns the number of their tokens, which
+        is smaller if host memory was too full to save the last ones."""
         tiers, digests = self._tiers, self._digests(token_ids)
         known = 0
         while known < len(digests) and (tiers.pool.has(digests[known]) or tiers.host.has(digests[known])):
@@ -96,7 +98,8 @@ class SavedPrefixes:
         return saved * self._block_size
 
     def restore(self, name: str) -> int:
-        """Put the blocks of a file into the cache; returns the number of their tokens, up to the first damaged one."""
+        """Copy the blocks of the file ``name`` to the cache, up to the first damaged one. Returns the number of their
+        tokens."""
         file: PrefixFile = self._files.open(name)
         try:
             digests = file.digests()[: self._tiers.pool.num_free]
@@ -112,7 +115,7 @@ class SavedPrefixes:
         return found * self._block_size
 
     def erase(self, token_ids: Sequence[int]) -> int:
-        """Forget the blocks of a text in memory; returns the number of their tokens."""
+        """Remove the blocks of a text from the caches in memory. Returns the number of their tokens."""
         digests = self._digests(token_ids)
         count = sum(self._tiers.pool.has(digest) or self._tiers.host.has(digest) for digest in digests)
         self._tiers.pool.forget(digests)
@@ -127,7 +130,8 @@ class SavedPrefixes:
         return found
 
     def _save(self, digests: Sequence[bytes], file: PrefixFile) -> int:
-        """Return how many of the first blocks have been saved: all, unless the host gave up one for another."""
+        """Save blocks by way of host memory. Returns how many of the first have been saved; fewer than all if host
+        memory dropped one to make room for another."""
         host, pool, copies = self._tiers.host, self._tiers.pool, Copies()
         kept = [place for digest in digests for place in host.find((digest,))]
         host.share(kept)
@@ -145,7 +149,7 @@ class SavedPrefixes:
         return len(places)
 
     def _restore(self, digests: Sequence[bytes], file: PrefixFile) -> int:
-        """Return how many blocks the pool has then."""
+        """Restore blocks by way of host memory. Returns how many of the first the pool has afterwards."""
         tiers, host, pool, copies = self._tiers, self._tiers.host, self._tiers.pool, Copies()
         blocks: list[int] = []
         for digest in digests:

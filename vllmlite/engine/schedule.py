@@ -11,11 +11,11 @@ from vllmlite.sampling_params import SamplingParams
 
 @dataclass(slots=True)
 class Admission:
-    """A sequence takes a slot. Has all that a runner needs to know of it while it holds the slot."""
+    """A sequence that gets a slot, with everything that a runner needs to know of it while it holds the slot."""
 
     slot: int
     token_ids: list[int]
-    """Prompt, and the output so far where the sequence was preempted."""
+    """The prompt; after a preemption also the output so far."""
     num_prompt_tokens: int
     params: SamplingParams
     seed: int
@@ -26,7 +26,7 @@ class Admission:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBeams:
-    """Rows of a schedule among whose continuations the best are chosen: the beams of one request."""
+    """The rows of one request's beams, from whose continuations the best are chosen."""
 
     row: int
     """The first of its rows, which are adjacent."""
@@ -35,7 +35,7 @@ class ScheduledBeams:
     scores: list[float]
     temperature: float
     num_candidates: int
-    """How many continuations are wanted."""
+    """Number of continuations to choose."""
 
 
 @dataclass(slots=True)
@@ -53,9 +53,10 @@ class Schedule:
     drafts: dict[int, list[int]] = field(default_factory=dict)
     """Row → its drafts, which are its last tokens."""
     wanted: dict[int, int] = field(default_factory=dict)
-    """Row → number of drafts that are to be proposed for the sequence after the step; rows without any are left out."""
+    """Row → number of drafts to propose for its sequence after the step. Rows without drafts are left out."""
     block_slots: list[int] = field(default_factory=list)
-    """With the next two: block ``block_ids[i]`` is appended as column ``block_columns[i]`` of a slot's block table."""
+    """With ``block_columns`` and ``block_ids``: block ``block_ids[i]`` becomes column ``block_columns[i]`` of the block
+    table of slot ``block_slots[i]``."""
     block_columns: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     banned: dict[int, list[int]] = field(default_factory=dict)
@@ -66,9 +67,9 @@ class Schedule:
     """Row of a beam, or of a sequence that decodes in a pipeline of several stages → the ids of its tokens."""
     beams: list[ScheduledBeams] = field(default_factory=list)
     copied_blocks: list[tuple[int, int]] = field(default_factory=list)
-    """Block → block that gets its contents before the step computes."""
+    """Pairs of blocks; the contents of the first are copied to the second before the step computes."""
     pools: list[int] = field(default_factory=list)
-    """Rows whose hidden states make up a vector, which is whole with the row that ends the prompt."""
+    """Rows whose hidden states are pooled; the vector of a prompt is complete with the row that ends it."""
     prompt_logprobs: list[int] = field(default_factory=list)
     """Rows whose prompt tokens' log-probabilities are wanted."""
     copies: Copies | None = None
@@ -78,12 +79,12 @@ class Schedule:
     """Sum of ``samples``."""
 
     def holds_back(self) -> bool:
-        """Whether the next step should wait for this one, for the sake of rows with drafts."""
+        """Return whether the next step should wait for the results of this one, because rows have drafts."""
         return bool(self.drafts or self.wanted) and holds_back(
             len(self.drafts.keys() | self.wanted.keys()), len(self.slots)
         )
 
     @property
     def is_empty(self) -> bool:
-        """Whether the runner has nothing to do. A step without rows may have admissions and copies."""
+        """Whether there is nothing for the runner to do. A step without rows may still have admissions and copies."""
         return not (self.slots or self.admissions or self.block_ids or self.copies)

@@ -30,23 +30,23 @@ class Limits:
 
     max_num_seqs: int
     max_num_batched_tokens: int
-    """Most tokens in a step."""
+    """Maximum number of tokens in a step."""
     max_mixed_prefill_tokens: int
-    """Most prompt tokens in a step that also decodes: long prompts are computed in chunks, so that other requests do
-    not wait long for their next token."""
+    """Maximum number of prompt tokens in a step that also decodes. Longer prompts are computed in chunks, so that other
+    requests do not wait long for their next token."""
     max_model_len: int
     block_size: int
     num_blocks: int
     enable_prefix_caching: bool = True
     stages: int = 1
-    """Stages of the pipeline that computes steps: as many are in flight, each with its share of the requests. A request
-    waits for the ids that it has in flight, since the first stage does not sample them."""
+    """Number of stages of the pipeline. As many steps are in flight, each with a share of the requests, and a request
+    has one row in flight at a time, since the first stage does not know the ids that the last one samples."""
     max_adapters: int = 0
-    """Adapters that can be on the device at a time."""
+    """Maximum number of adapters on the device at a time."""
 
 
 class Scheduler:
-    """Holds the unfinished requests and the block pool."""
+    """Schedules the unfinished requests, and gives them blocks of the pool."""
 
     def __init__(self, limits: Limits, drafting: DraftPolicy, tiers: Tiers | None = None) -> None:
         """Start without requests. ``limits.num_blocks`` must hold ``limits.max_model_len`` tokens."""
@@ -67,16 +67,17 @@ class Scheduler:
         self.prefix_hits = 0
         self._waiting: list[tuple[tuple[int, int], Request]] = []
         self._last_tokens = 0
-        """Tokens of the last step."""
+        """Number of tokens of the last step."""
         self._spare = 0
-        """Tokens of the step being scheduled that are left for drafts."""
+        """Number of tokens of the step being scheduled that may still be drafts."""
         self._drafted = False
-        """Whether running requests may have drafts."""
+        """Whether any running request may have drafts."""
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
 
     @property
     def max_beams(self) -> int:
-        """Most beams of a request; 0: proposing drafts would read what is not in the cache for forked sequences."""
+        """Maximum number of beams of a request. 0 if drafts are proposed from a key/value cache, which forked sequences
+        do not have."""
         if self.drafting.fills_cache:
             return 0
         return min(self.limits.max_num_seqs, self.limits.max_num_batched_tokens)
@@ -88,7 +89,8 @@ class Scheduler:
         heapq.heappush(self._waiting, (request.key, request))
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None, now: float) -> None:
-        """End a request, running or waiting; its blocks and slot are free at once."""
+        """End a request, running or waiting, and free its blocks and slot at once. ``now`` is from
+        :func:`time.monotonic`."""
         if request.status is Status.RUNNING:
             self.running.remove(request)
             self._vacate(request)
@@ -97,7 +99,8 @@ class Scheduler:
         request.finish(reason, stop_reason, now)
 
     def schedule(self, now: float) -> tuple[Schedule, list[Request]]:
-        """The next step and the requests of its rows; empty where nothing can run before a step is collected."""
+        """Return the next step, and the requests of its rows. The step is empty if nothing can run before a step in
+        flight is collected. ``now`` is from :func:`time.monotonic`."""
         schedule = Schedule()
         rows: list[Request] = []
         budget = prefill_budget = self.limits.max_num_batched_tokens
@@ -171,7 +174,7 @@ class Scheduler:
             heapq.heappush(self._waiting, (request.key, request))
 
     def restart(self, requests: Iterable[Request]) -> None:
-        """Forget all queues, slots, blocks and cached prefixes, and queue ``requests``, which are waiting."""
+        """Reset queues, slots, blocks and the prefix cache, and queue ``requests``, which must be waiting."""
         if self.tiers is None:
             self.pool.reset()
         else:
@@ -190,7 +193,8 @@ class Scheduler:
             self.adapters.empty(resident)
 
     def collected(self, request: Request, token_ids: Sequence[int], num_rejected: int = 0) -> None:
-        """Append the ids that a launched row of ``request`` has sampled, and take back its rejected drafts."""
+        """Append the ids that a launched row of ``request`` has sampled, and uncount its ``num_rejected`` rejected
+        drafts."""
         request.output_token_ids += token_ids
         request.num_in_flight -= len(token_ids) + num_rejected
         if num_rejected:
@@ -208,7 +212,7 @@ class Scheduler:
                 self.drafting.record(request.acceptance, 1, 0)  # it has waited for nothing
 
     def requests(self) -> Iterator[Request]:
-        """All requests that have not finished."""
+        """Yield all requests that have not finished."""
         yield from self.running
         for _, request in self._waiting:
             if request.status is Status.WAITING:
@@ -216,7 +220,7 @@ class Scheduler:
         yield from self.adapters.requests()
 
     def check_integrity(self) -> None:
-        """Raise AssertionError where blocks, slots, queues or counters disagree."""
+        """Raise AssertionError if blocks, slots, queues or counters disagree."""
         self.pool.check_integrity(member.blocks for request in self.requests() for member in request.members)
         if self.tiers is not None:
             self.tiers.check_integrity()
@@ -244,21 +248,23 @@ class Scheduler:
             assert request.status is Status.RUNNING or not (request.blocks or request.slot >= 0)
 
     def make_room(self, num_blocks: int, request: Request) -> bool:
-        """Preempt requests, the last first, until ``num_blocks`` are free. False if one of them was ``request``."""
+        """Preempt requests, the last one first, until ``num_blocks`` are free. Returns False if ``request`` itself was
+        preempted."""
         while num_blocks > self.pool.num_free:
             if self._preempt_last() is request:
                 return False
         return True
 
     def _tokens_to_compute(self) -> int:
-        """Known tokens that are not computed: those of the running requests and of the next waiting one."""
+        """Return the number of known tokens that are not computed, of the running requests and of the next waiting
+        one."""
         tokens = sum(request.num_tokens - request.num_computed_tokens for request in self.running)
         waiting = self._peek_waiting() if self._free_slots else None
         return tokens if waiting is None else tokens + waiting.num_tokens
 
     def _fit_drafts(self, request: Request, count: int, budget: int) -> int:
-        """Shorten the drafts of a request to what can be accepted and computed, beside the ``count`` known tokens of
-        its next row; returns how many are left."""
+        """Shorten the drafts of a request to those that can be accepted, and that fit into the step and the cache
+        beside the ``count`` known tokens of its row. Returns how many are left."""
         start, drafts = request.num_computed_tokens, request.drafts
         most = 0
         if start + count == request.num_tokens:
@@ -307,8 +313,8 @@ class Scheduler:
             self.cache.cache_full_blocks(request)
 
     def _append_drafts(self, request: Request, schedule: Schedule) -> int:
-        """Move a request's drafts to the row that is being appended, and ask for the next ones; returns how many drafts
-        the row has."""
+        """Move a request's drafts to the row that is being appended, and schedule the proposal of the next ones.
+        Returns how many drafts the row has."""
         row, drafts = len(schedule.slots), request.drafts
         if drafts:
             schedule.drafts[row] = drafts
@@ -323,8 +329,8 @@ class Scheduler:
         return len(drafts)
 
     def _allocate_for_drafts(self, schedule: Schedule, rows: list[Request]) -> None:
-        """Allocate blocks for the positions at which drafts are to be proposed, as far as there are any to spare, and
-        lower the numbers of wanted drafts to what fits."""
+        """Allocate spare blocks for the positions at which drafts are to be proposed, and reduce the numbers of wanted
+        drafts to those that fit."""
         block_size = self.limits.block_size
         for row, wanted in list(schedule.wanted.items()):
             request = rows[row]
@@ -341,7 +347,8 @@ class Scheduler:
                 request.awaits_drafts = row in schedule.drafts
 
     def _append_extras(self, request: Request, start: int, ends: bool, schedule: Schedule) -> None:
-        """Add bans, mask, prompt log-probabilities or pooling to the row that is being appended."""
+        """Add banned ids, mask, prompt log-probabilities or pooling of the row that is being appended to the
+        schedule."""
         row = len(schedule.slots)
         if request.params.prompt_logprobs is not None and start + 1 < len(request.prompt_token_ids):
             schedule.prompt_logprobs.append(row)
@@ -361,7 +368,7 @@ class Scheduler:
                 request.masks = []
 
     def _share_of_rows(self) -> int:
-        """Return the most requests of a step: a share for each stage of the pipeline."""
+        """Return the maximum number of requests in a step, so that each stage of the pipeline gets a share."""
         if self.limits.stages == 1:
             return self.limits.max_num_seqs
         return -(-(len(self.running) + min(self.num_waiting, len(self._free_slots))) // self.limits.stages)
@@ -409,7 +416,8 @@ class Scheduler:
             rows.append(request)
 
     def _begin_copies(self, tiers: Tiers, schedule: Schedule, copies: Copies, now: float) -> None:
-        """Save blocks behind the computation, and load what has come from disk."""
+        """Schedule copies of computed blocks to the cache tiers, and of blocks that have been read from disk to the
+        pool."""
         tiers.poll()
         tiers.save_behind(copies, self._last_tokens)
         for request in self.running:
@@ -436,7 +444,7 @@ class Scheduler:
             request.beams.occupy(self._free_slots, schedule)
 
     def admission(self, request: Request, adapter: int) -> Admission:
-        """Return what a runner has to know of a sequence that takes a slot, with the index of its adapter."""
+        """Return the admission of a sequence that takes a slot, with the index of its adapter."""
         return Admission(
             request.slot,
             request.known_ids(0, request.num_known_ids),

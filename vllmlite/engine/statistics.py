@@ -1,4 +1,4 @@
-"""Counts for an engine's statistics."""
+"""The counters of an engine's statistics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def refresh_stats(stats: EngineStats, scheduler: Scheduler) -> None:
 
 
 def adapter_names(requests: Iterable[Request]) -> tuple[str, ...]:
-    """Return the names of the adapters of ``requests``, sorted, each once."""
+    """Return the names of the adapters of ``requests``, sorted and without repetition."""
     return tuple(sorted({request.adapter.name for request in requests if request.adapter is not None}))
 
 

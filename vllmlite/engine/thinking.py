@@ -1,4 +1,4 @@
-"""A limit on the tokens between a model's marks of reasoning."""
+"""A grammar that limits the tokens between the marks that open and close a model's reasoning."""
 
 from __future__ import annotations
 
@@ -32,22 +32,24 @@ class ThinkingBudget:
         vocab_size: int,
         inner: Grammar | None = None,
     ) -> None:
-        """Count from the last opening mark in ``prompt`` on, if no closing mark follows it there."""
+        """Start at the end of ``prompt``, whose tokens count from its last opening mark on, if no closing mark
+        follows."""
         self._marks = marks
         self._budget = budget
         self._vocab_size = vocab_size
         self._inner = inner
         self._thinks = False
         self._count = 0
-        """Tokens of the open section, without those of an incomplete closing mark."""
+        """Number of tokens of the open section of reasoning, without those of an incomplete closing mark."""
         self._matched = 0
-        """How many ids of the next mark the last tokens match."""
+        """Number of ids at the start of the next mark that the last tokens match."""
         for token_id in prompt:
             self._take(token_id)
         self._start = (self._thinks, self._count, self._matched)
 
     def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Return the bitmasks of the ids that may come next, and of those after each of ``drafts`` while these are
+        allowed; None allows all ids. The position does not change."""
         masks: list[bytes | None] = [None] * (len(drafts) + 1)
         if self._inner is not None:
             masks = self._inner.masks(drafts)
@@ -64,18 +66,18 @@ class ThinkingBudget:
         return masks
 
     def accept(self, token_id: int) -> bool:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Advance by the next id; returns whether the output is complete."""
         self._take(token_id)
         return self._inner is not None and self._inner.accept(token_id)
 
     def restart(self) -> None:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Go back to the start of the output."""
         self._thinks, self._count, self._matched = self._start
         if self._inner is not None:
             self._inner.restart()
 
     def fork(self) -> ThinkingBudget:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Return another grammar at the same position."""
         other = copy(self)
         other._inner = None if self._inner is None else self._inner.fork()
         return other
@@ -96,6 +98,7 @@ class ThinkingBudget:
 
 
 def _matched(mark: Sequence[int], matched: int, token_id: int) -> int:
-    """Return how many ids of ``mark`` the tokens match after ``token_id``, if they matched ``matched`` before it."""
+    """Return how many ids at the start of ``mark`` the tokens up to ``token_id`` match, if those before it matched
+    ``matched``."""
     recent = [*mark[:matched], token_id]
     return max(size for size in range(len(recent) + 1) if list(mark[:size]) == recent[len(recent) - size :])

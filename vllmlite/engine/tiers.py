@@ -28,44 +28,44 @@ from typing import Protocol
 from vllmlite.engine.block_pool import BlockPool, is_private
 
 LEAST_SAVES = 4
-"""Blocks that any step may save."""
+"""Minimum number of blocks that a step may save."""
 READ_AHEAD = 64
-"""Most blocks that are read from disk at a time."""
+"""Maximum number of blocks that are being read from disk at a time."""
 PATIENCE = 2.0
-"""How many times as long as its computation a prefix may take to come from disk before the request goes on without."""
+"""Maximum time that a request waits for a prefix from disk, as a multiple of the time to compute it."""
 LONGEST_WAIT = 30.0
-"""Seconds that a request waits for the disk while the speed of computing is unknown."""
+"""Maximum seconds that a request waits for the disk while the time to compute a token is not known."""
 
 
 @dataclass(slots=True)
 class Copies:
-    """The block copies of a step, which come before its other work."""
+    """The block copies of a step, which are made before its other work."""
 
     save_blocks: list[int] = field(default_factory=list)
-    """With the next: block ``save_blocks[i]`` is copied to place ``save_places[i]`` of the host."""
+    """With ``save_places``: block ``save_blocks[i]`` is copied to place ``save_places[i]`` in host memory."""
     save_places: list[int] = field(default_factory=list)
     load_places: list[int] = field(default_factory=list)
-    """With the next: place ``load_places[i]`` is copied to block ``load_blocks[i]``, after the saves."""
+    """With ``load_blocks``: place ``load_places[i]`` is copied to block ``load_blocks[i]``, after the saves."""
     load_blocks: list[int] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        """Whether there are any."""
+        """Return whether there is any copy."""
         return bool(self.save_blocks or self.load_blocks)
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """A finished transfer between the disk and a place."""
+    """A finished transfer between the disk and a place in host memory."""
 
     digest: bytes
     place: int
     to_host: bool
     done: bool
-    """False: the disk did not have the block, or had no room for it."""
+    """Whether the block was transferred; False if the disk did not have it, or had no room for it."""
 
 
 class Disk(Protocol):
-    """Blocks on disk. A thread moves them; no call waits for it but those that say so."""
+    """Blocks on disk. A thread moves them; only :meth:`wait` and :meth:`cancel` wait for it."""
 
     @property
     def seconds_per_block(self) -> float | None:
@@ -73,27 +73,27 @@ class Disk(Protocol):
         ...
 
     def __contains__(self, digest: bytes) -> bool:
-        """Whether the disk has, or is about to have, the block of this hash."""
+        """Return whether the disk has the block of this hash, or is about to write it."""
         ...
 
     def read(self, digest: bytes, place: int) -> None:
-        """Begin to read a block into a place."""
+        """Begin to read a block to a place in host memory."""
         ...
 
     def write(self, digest: bytes, place: int) -> None:
-        """Begin to write a place's block."""
+        """Begin to write the block at a place in host memory."""
         ...
 
     def finished(self) -> list[Transfer]:
-        """The transfers that have finished since the last call."""
+        """Return the transfers that have finished since the last call."""
         ...
 
     def wait(self, seconds: float) -> None:
-        """Wait until a transfer has finished, at most so long."""
+        """Wait until a transfer has finished, for at most ``seconds``."""
         ...
 
     def cancel(self) -> None:
-        """Drop the transfers that have not begun, and wait for the one that has; none of them is reported."""
+        """Drop the transfers that have not begun, and wait for one that has. None of them is reported as finished."""
         ...
 
     def forget_all(self) -> None:
@@ -103,72 +103,74 @@ class Disk(Protocol):
 
 @dataclass(slots=True)
 class TransferCost:
-    """Whether copying a block takes less time than computing its tokens: measured rates of both."""
+    """Measured times of copying a block and of computing a token, by which a copy is preferred to computing or not."""
 
     block_size: int
     host_seconds: float = 0.0
-    """Time to copy a block from host memory."""
+    """Seconds to copy a block from host memory."""
     token_seconds: float | None = None
-    """Time to compute a token of a prompt; None before it was measured."""
+    """Seconds to compute a token of a prompt; None before it was measured."""
 
     def record_step(self, num_tokens: int, seconds: float) -> None:
-        """Take in the time of a step of many tokens."""
+        """Record the time of a step; steps of few tokens are ignored."""
         if num_tokens > 2 * self.block_size:
             measured = seconds / num_tokens
             last = measured if self.token_seconds is None else self.token_seconds
             self.token_seconds = 0.7 * last + 0.3 * measured
 
     def pays(self, block_seconds: float | None) -> bool:
-        """Whether a copy that takes ``block_seconds`` is faster than computing; what is not measured is assumed so."""
+        """Return whether copying a block in ``block_seconds`` is faster than computing it; True if either time is not
+        known."""
         if self.token_seconds is None or block_seconds is None:
             return True
         return block_seconds < self.block_size * self.token_seconds
 
     def patience(self, num_blocks: int) -> float:
-        """Return how long to wait for ``num_blocks`` that come from disk."""
+        """Return the maximum seconds to wait for ``num_blocks`` blocks from disk."""
         if self.token_seconds is None:
             return LONGEST_WAIT
         return PATIENCE * num_blocks * self.block_size * self.token_seconds
 
 
 class TieredPool(BlockPool):
-    """A block pool that knows which cached blocks are nowhere else."""
+    """A block pool that knows which cached blocks are in no other tier."""
 
     def __init__(self, num_blocks: int, host: BlockPool, at_once: bool) -> None:
-        """Make a pool beside ``host``. ``at_once``: blocks are to be saved as soon as they are cached, else once they
-        are free."""
+        """Create a pool whose blocks are saved to the pool ``host`` in host memory. ``at_once``: they are to be saved
+        as soon as they are cached, otherwise once they are free."""
         self._host = host
         self._at_once = at_once
         super().__init__(num_blocks)
 
     def reset(self) -> None:
-        """See :class:`BlockPool`."""
+        """Free every block and forget every hash, whatever state an interrupted call has left."""
         super().reset()
         self.unsaved: OrderedDict[int, None] = OrderedDict()
         """Blocks to save, the least recently used first."""
         self.evicted: list[tuple[int, bytes]] = []
-        """Blocks that were allocated and are nowhere else, and the hashes they had; the step saves them first."""
+        """Blocks that were allocated although no other tier has their former contents, with their former hashes; the
+        step saves them before it computes."""
 
     @property
     def num_clean(self) -> int:
-        """Number of blocks that can be allocated without losing what they hold."""
+        """Number of blocks that can be allocated without losing contents that no other tier has."""
         return len(self._free) - len(self.unsaved)
 
     def cache(self, block: int, digest: bytes) -> None:
-        """See :class:`BlockPool`."""
+        """Give a full, used block its hash, unless another block has the same hash already."""
         super().cache(block, digest)
         if self._at_once:
             self._note(block)
 
     def share(self, blocks: Sequence[int]) -> None:
-        """See :class:`BlockPool`."""
+        """Take one more reference to each of ``blocks``."""
         super().share(blocks)
         if not self._at_once:
             for block in blocks:
                 self.unsaved.pop(block, None)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """See :class:`BlockPool`."""
+        """Give back one reference to each block of a sequence; its last block is to be reused first."""
         super().release(blocks)
         if not self._at_once:
             for block in reversed(blocks):
@@ -176,7 +178,7 @@ class TieredPool(BlockPool):
                     self._note(block)
 
     def allocate(self, count: int) -> list[int]:
-        """See :class:`BlockPool`."""
+        """Take ``count`` blocks, which must be free, the least recently used first, and forget their hashes."""
         for block in islice(self._free, count):
             digest = self._hashes[block]
             if digest is not None and not self._host.has(digest):
@@ -200,23 +202,23 @@ class TierCounts:
     saved: int = 0
     loaded: int = 0
     dropped: int = 0
-    """Blocks that were evicted without being saved: there was no place."""
+    """Blocks that were evicted without being saved, because host memory was full."""
     read: int = 0
     written: int = 0
     failed: int = 0
     """Blocks that could not be read from disk, or written."""
     queries: int = 0
-    """Prompt tokens that were looked up, because the pool did not have them."""
+    """Prompt tokens that were looked up in the tiers, because the pool did not have them."""
     hits: int = 0
-    """Prompt tokens that were found."""
+    """Prompt tokens that were found in the tiers."""
 
 
 @dataclass(slots=True)
 class Tiers:
-    """Decides which blocks are saved and loaded."""
+    """Decides which blocks are saved to and loaded from host memory and disk."""
 
     num_blocks: int
-    """Blocks of the pool."""
+    """Number of blocks of the pool."""
     num_places: int
     cost: TransferCost
     preemption_mode: str = "auto"
@@ -228,9 +230,9 @@ class Tiers:
     pool: TieredPool = field(init=False)
     watermark: int = field(init=False)
     _writing: set[int] = field(default_factory=set)
-    """Places that the disk's thread writes to disk."""
+    """Places in host memory that the disk's thread is writing to disk."""
     _reading: dict[bytes, int] = field(default_factory=dict)
-    """Hashes that the disk's thread reads, and to which places."""
+    """Hash of each block that the disk's thread is reading → the place that it is read to."""
     _unsettled: list[Copies] = field(default_factory=list)
     """Copies of steps that have not been collected."""
 
@@ -246,7 +248,7 @@ class Tiers:
         return bool(self._reading)
 
     def save_behind(self, copies: Copies, num_tokens: int) -> None:
-        """Save blocks whose contents earlier steps have computed; more of them after a step of more tokens."""
+        """Save blocks that earlier steps have computed; more of them after a step with more tokens."""
         most = self.watermark - self.pool.num_clean
         if self.disk is not None:
             most = self.num_places // 2 - len(self._writing)
@@ -271,7 +273,7 @@ class Tiers:
             del unsaved[block]
 
     def save_evicted(self, copies: Copies) -> None:
-        """Save the blocks that the step being scheduled has taken."""
+        """Save the former contents of the blocks that the step being scheduled has allocated."""
         for block, digest in self.pool.evicted:
             if self.disk is None or digest not in self.disk:
                 self.counts.dropped += not self.save(block, digest, copies)
@@ -280,7 +282,7 @@ class Tiers:
             self._unsettled.append(copies)
 
     def save(self, block: int, digest: bytes, copies: Copies) -> bool:
-        """Save a block, unless the host has it; False if there is no place."""
+        """Save a block, unless host memory has it already. Returns False if host memory is full."""
         host = self.host
         if host.has(digest):
             return True
@@ -294,8 +296,8 @@ class Tiers:
         return True
 
     def loadable(self, digests: Sequence[bytes], preempted: bool) -> tuple[int, int]:
-        """Return how many of the first of ``digests`` the pool and the host have, and how many after them are on disk,
-        of those that are worth copying."""
+        """Return how many of the first ``digests`` the pool and host memory have, and how many after them are on disk;
+        0 where computing is faster than copying."""
         mode = self.preemption_mode if preempted else "auto"
         if mode == "recompute":
             return 0, 0
@@ -314,7 +316,7 @@ class Tiers:
         return ready, on_disk
 
     def fetch(self, digests: Sequence[bytes]) -> bool:
-        """Begin to read blocks from disk, as far as the read-ahead goes; returns whether any are being read."""
+        """Begin to read blocks from disk, up to :data:`READ_AHEAD` at a time. Returns whether any are being read."""
         disk = self.disk
         assert disk is not None
         most = max(min(READ_AHEAD, self.num_places // 4), 1)
@@ -329,7 +331,8 @@ class Tiers:
         return self.is_waiting
 
     def load(self, digest: bytes, block: int, copies: Copies) -> bool:
-        """Load the block of this hash from its place; False if the host does not have it."""
+        """Schedule the copy of the block with this hash from host memory to ``block``. Returns False if host memory
+        does not have it."""
         found = self.host.find((digest,))
         if not found:
             return False
@@ -341,7 +344,7 @@ class Tiers:
         return True
 
     def settled(self, copies: Copies) -> None:
-        """Let go of the places of a collected step's copies, and begin to write to disk what it saved."""
+        """Release the places of a collected step's copies, and begin to write the blocks that it saved to disk."""
         if not copies:
             return
         host, disk = self.host, self.disk
@@ -362,7 +365,7 @@ class Tiers:
                 disk.write(digest, place)
 
     def poll(self) -> None:
-        """Take in what the disk's thread has done."""
+        """Process the transfers that the disk's thread has finished."""
         if self.disk is None:
             return
         for transfer in self.disk.finished():
@@ -378,7 +381,7 @@ class Tiers:
             self.host.release((transfer.place,))
 
     def wait(self, seconds: float) -> None:
-        """Wait until the disk's thread has done something, at most so long."""
+        """Wait until the disk's thread has finished a transfer, for at most ``seconds``."""
         if self.disk is not None:
             self.disk.wait(seconds)
 
@@ -390,7 +393,8 @@ class Tiers:
             self.poll()
 
     def restart(self) -> None:
-        """Forget the pool and the host's blocks: a step was lost, and nobody knows which copies were made."""
+        """Forget the blocks in the pool and in host memory, after a step was lost: which of its copies were made is not
+        known."""
         if self.disk is not None:
             self.disk.cancel()
         self._writing.clear()
@@ -407,7 +411,7 @@ class Tiers:
             self.disk.forget_all()
 
     def check_integrity(self) -> None:
-        """Raise AssertionError where places, hashes or counters disagree."""
+        """Raise AssertionError if places, hashes or counters disagree."""
         copied = [copies.save_places + copies.load_places for copies in self._unsettled]
         self.host.check_integrity([*copied, list(self._writing), list(self._reading.values())])
         assert all(self.pool.digest(block) is not None for block in self.pool.unsaved)

@@ -19,7 +19,7 @@ TraceEvent: TypeAlias = dict[str, Any]
 """One event of Chrome's Trace Event Format, ready for JSON."""
 
 MAX_EVENTS = 1_000_000
-"""A trace keeps this many events, the latest ones."""
+"""Number of events that a trace keeps, the latest ones."""
 
 
 class Trace:
@@ -65,12 +65,12 @@ class TracedRunner:
         self._trace = trace
 
     def launch(self, schedule: Schedule) -> Any:
-        """See :class:`Runner`."""
+        """Start a step; the handle goes to :meth:`collect`."""
         with self._trace.span("launch", rows=len(schedule.slots), tokens=schedule.num_tokens):
             return self.runner.launch(schedule)
 
     def collect(self, handle: Any) -> StepResult:
-        """See :class:`Runner`."""
+        """Wait for a step and return its results."""
         with self._trace.span("collect"):
             return self.runner.collect(handle)
 
@@ -79,7 +79,8 @@ class TracedRunner:
         self.runner.drain()
 
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
-        """See :class:`Runner`."""
+        """Put an adapter on the device in slot ``index``, which no step uses, in parts; yields the bytes of each.
+        Raises VllmliteError if it cannot be used."""
         parts = self.runner.load_adapter_parts(index, adapter)
         while True:
             with self._trace.span("load_adapter", index=index):

@@ -19,7 +19,7 @@ from vllmlite.outputs import EngineStats
 
 @dataclass(slots=True)
 class StepLog:
-    """A step whose results are being applied: enough to finish applying them after an interrupt."""
+    """A step whose results are being applied, with all that is needed to finish that after an interrupt."""
 
     outputs: list[EngineOutput]
     first: int
@@ -28,7 +28,7 @@ class StepLog:
     rows: list[Request]
 
     def positions(self) -> dict[str, int]:
-        """Request id → index in the request's output of the first id that the step samples."""
+        """Return, for each request id, the index in the request's output of the first id that the step samples."""
         schedule = self.schedule
         columns = zip(self.rows, schedule.starts, schedule.counts, schedule.samples, strict=True)
         return {
@@ -134,7 +134,7 @@ class UnfinishedRequests:
     def _apply_beams(
         self, row: Request, continuations: Sequence[Continuation], now: float, outputs: list[EngineOutput]
     ) -> None:
-        """Apply the continuations that were chosen of the request to which ``row`` belongs."""
+        """Apply the chosen ``continuations`` to the beam search of ``row``."""
         search = row.beams
         assert isinstance(search, BeamSearch)
         request = search.request
@@ -170,7 +170,7 @@ class UnfinishedRequests:
         self._prompt_logprobs.pop(request.request_id, None)
 
     def end_with_error(self, requests: Iterable[Request], reason: str, outputs: list[EngineOutput]) -> None:
-        """End those of ``requests`` that wait with ``error``, of which ``reason`` is the message."""
+        """End those of ``requests`` that are waiting, with the finish reason ``error`` and the message ``reason``."""
         self._log = StepLog(outputs, len(outputs), Schedule(), [])
         for request in requests:
             if request.is_waiting:
@@ -179,7 +179,8 @@ class UnfinishedRequests:
         self._log = None
 
     def append_errors(self, requests: Iterable[Request], reason: str, outputs: list[EngineOutput]) -> None:
-        """Append an output with ``error`` for each of ``requests``; :meth:`settle` ends them."""
+        """Append an output with the finish reason ``error`` and the message ``reason`` for each of ``requests``;
+        :meth:`settle` then ends them."""
         self._log = StepLog(outputs, len(outputs), Schedule(), [])
         for request in requests:
             outputs.append(error_output(request, reason))
@@ -191,7 +192,7 @@ class UnfinishedRequests:
         )
 
     def settle(self) -> None:
-        """Apply the outputs of an interrupted step to their requests; those that were applied are not applied twice."""
+        """Apply the outputs of an interrupted step to their requests, leaving out those that have been applied."""
         if self._log is None:
             return
         positions = self._log.positions()
@@ -206,7 +207,7 @@ class UnfinishedRequests:
         self._log = None
 
     def restart(self) -> None:
-        """Forget the requests that have finished; the others go back to the state of a request that waits."""
+        """Forget the finished requests, and reset the others to waiting ones."""
         self._prompt_logprobs = {}
         self.by_id = {
             request_id: request

@@ -93,7 +93,8 @@ class EngineProcess:
         self.close()
 
     def wait_for_end(self) -> str:
-        """See :class:`HostHandle`."""
+        """Wait for the host to end, which it does once the connection is closed. Returns a description of how it
+        ended."""
         try:
             status = self.process.wait(CLOSING_SECONDS)
         except subprocess.TimeoutExpired:
@@ -123,7 +124,8 @@ class EngineThread:
         weakref.finalize(self, _end, self.connection, self._thread)
 
     def wait_for_end(self) -> str:
-        """See :class:`HostHandle`."""
+        """Wait for the host to end, which it does once the connection is closed. Returns a description of how it
+        ended."""
         self._thread.join(CLOSING_SECONDS)
         error = self._error
         return "the engine's thread has ended" + (f": {type(error).__name__}: {error}" if error else "")

@@ -42,7 +42,7 @@ class ReplicaClient:
 
     @property
     def bounds(self) -> RequestBounds:
-        """What requests may ask for, of the replica that allows the least."""
+        """The limits on requests of the replica with the shortest ``max_model_len``."""
         return min((client.bounds for client in self._clients), key=lambda bounds: bounds.max_model_len)
 
     @property
@@ -57,11 +57,12 @@ class ReplicaClient:
 
     @property
     def failed_steps_in_a_row(self) -> int:
-        """See :attr:`EngineClient.failed_steps_in_a_row`; the largest number."""
+        """Number of steps that failed since the last one that succeeded, of the replica with the most."""
         return max(client.failed_steps_in_a_row for client in self._clients)
 
     def join_loop(self, loop: asyncio.AbstractEventLoop, on_arrival: Callable[[], object]) -> None:
-        """See :meth:`EngineClient.join_loop`."""
+        """Have ``loop`` watch the sockets of the replicas: it calls ``on_arrival`` when messages arrive. Raises
+        VllmliteError if they belong to another open loop."""
         for client in self._clients:
             client.join_loop(loop, on_arrival)
 
@@ -72,7 +73,8 @@ class ReplicaClient:
         params: SamplingParams,
         **options: Unpack[RequestOptions],
     ) -> None:
-        """See :meth:`EngineClient.add_request`."""
+        """Send a request to the replica that can begin it the soonest. Raises :class:`ParameterError`, and sends
+        nothing, if it can never be served."""
         if request_id in self._indices:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
         adapter = options.get("adapter")
@@ -88,7 +90,7 @@ class ReplicaClient:
             raise
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
-        """See :meth:`EngineClient.finish`."""
+        """End a request. Returns False if there is no such unfinished request."""
         index = self._indices.get(request_id)
         if index is None:
             return False
@@ -96,7 +98,7 @@ class ReplicaClient:
         return self._clients[index].finish(request_id, reason, stop_reason)
 
     def has_unfinished_requests(self) -> bool:
-        """See :meth:`EngineClient.has_unfinished_requests`."""
+        """Return whether any request has not finished."""
         return bool(self._indices)
 
     def reset_prefix_cache(self) -> None:
@@ -106,17 +108,17 @@ class ReplicaClient:
             client.reset_prefix_cache()
 
     def add_adapter(self, adapter: LoRARequest) -> None:
-        """See :meth:`EngineClient.add_adapter`."""
+        """Have every replica read an adapter. If one cannot, its requests with the adapter end with an error."""
         for client in self._clients:
             client.add_adapter(adapter)
 
     def remove_adapter(self, adapter: LoRARequest) -> None:
-        """See :meth:`EngineClient.remove_adapter`."""
+        """Have every replica forget an adapter."""
         for client in self._clients:
             client.remove_adapter(adapter)
 
     def expect_grammars(self) -> None:
-        """See :meth:`EngineClient.expect_grammars`."""
+        """Have every replica import the modules that grammars need."""
         for client in self._clients:
             client.expect_grammars()
 
@@ -133,7 +135,8 @@ class ReplicaClient:
         return asyncio.ensure_future(_combined(answers))
 
     def step(self, outputs: list[EngineOutput] | None = None) -> list[EngineOutput]:
-        """See :meth:`EngineClient.step`; waits for the outputs of any replica."""
+        """Wait for the outputs of any replica; return those of all steps since the last call, merged by request. Raises
+        EngineDeadError if a replica has ended."""
         if outputs is None:
             outputs = []
         while not self.has_outputs():
@@ -153,7 +156,7 @@ class ReplicaClient:
         return outputs
 
     def has_outputs(self) -> bool:
-        """See :meth:`EngineClient.has_outputs`."""
+        """Return whether :meth:`step` would return outputs without waiting."""
         return any(client.has_outputs() for client in self._clients)
 
     def receive(self) -> None:

@@ -90,7 +90,8 @@ class Matcher:
         self._fill()
 
     def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Return the bitmasks of the ids that may come next, and of those after each of ``drafts`` while these are
+        allowed; None allows all ids. The position does not change."""
         masks = [self._next_mask]
         if drafts:
             before = (self._thinks, self._may_think, self._mask, self._num_matched)
@@ -120,7 +121,7 @@ class Matcher:
         return bool(self._matcher.is_terminated()) or not self._fill()
 
     def fork(self) -> Matcher:
-        """See :class:`~vllmlite.engine.request.Grammar`."""
+        """Return another grammar at the same position."""
         other = copy(self)
         other._row, other._matcher = self._row.copy(), self._matcher.fork()
         return other

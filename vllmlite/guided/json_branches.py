@@ -9,7 +9,7 @@ from vllmlite.guided.json_keywords import Schema, SchemaError
 
 @dataclass(slots=True)
 class Branch:
-    """What distinguishes a branch of ``oneOf`` from other branches."""
+    """The properties that distinguish a branch of ``oneOf`` from other branches."""
 
     said: Schema
     kinds: frozenset[str]

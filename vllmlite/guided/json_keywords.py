@@ -108,7 +108,7 @@ FORMS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "multipleOf": ("a number over 0", lambda value: _is_number(value) and value > 0),
     "uniqueItems": ("true or false", lambda value: isinstance(value, bool)),
 }
-"""What the value of each keyword must be: a description, and the check."""
+"""Keyword → a description of the values that it may have, and a function that checks a value."""
 CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     "minLength": lambda value, limit: not isinstance(value, str) or len(value) >= limit,
     "maxLength": lambda value, limit: not isinstance(value, str) or len(value) <= limit,

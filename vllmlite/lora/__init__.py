@@ -1,1 +1,1 @@
-"""LoRA adapters (Hu et al. 2021): their files, and what requests say about them."""
+"""LoRA adapters (Hu et al. 2021): their files, and the requests that use them."""

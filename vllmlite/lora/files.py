@@ -1,7 +1,7 @@
-"""Reading an adapter's files: each is copied to memory, never mapped, and the copy is hashed and parsed.
+"""Read the files of an adapter: each file is copied to memory, never mapped, and the copy is hashed and parsed.
 
-A file that is replaced, truncated or written to while it is read is an error of that adapter, and later changes have no
-effect. With a root directory, no file outside it is opened, whatever the links on the way.
+If a file is replaced, truncated or written to while it is read, reading fails; later changes have no effect. With a
+root directory, no file outside it is opened, even through links.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AdapterFiles:
     """Copies of the files of an adapter."""
 
     path: Path
-    """The file with the weights, for messages."""
+    """Path of the file with the weights, for messages."""
     config: bytes | None
     """Contents of ``adapter_config.json``; None for a GGUF file, which has metadata of its own."""
     weights: NDArray[np.uint8]
@@ -61,7 +61,7 @@ def read_files(path: Path, max_bytes: int, root: Path | None = None) -> AdapterF
 
 
 class _reported:
-    """Turns an OSError into a ModelError about ``path``."""
+    """Context manager that turns an OSError into a ModelError about ``path``."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -77,7 +77,7 @@ class _reported:
 
 
 def _digest(*contents: NDArray[np.uint8]) -> bytes:
-    """Return a digest that depends on each of ``contents`` and on where one ends."""
+    """Return a digest of ``contents`` that also depends on where each of them ends."""
     digest = sha256()
     for content in contents:
         digest.update(len(content).to_bytes(8, "little"))

@@ -1,4 +1,4 @@
-"""Which of a model's weights each module of an adapter changes, by the names that PEFT and llama.cpp use."""
+"""Map the modules of an adapter, by the names that PEFT and llama.cpp use, to the model's weights that they change."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Module:
 
     out: int
     inner: int
-    """Elements of its input."""
+    """Size of the module's input."""
     parts: tuple[tuple[str, Source], ...]
     """Names of the weights as in ``models.adapters.places``, each with its rows and columns of the module."""
     heads: int | None = None
@@ -38,7 +38,7 @@ class Module:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is the input embedding, whose inputs are token ids."""
+        """Whether the module is the input embedding, whose inputs are token ids."""
         return self.parts[0][0] == EMBEDDING
 
     def expert(self, index: int, count: int) -> Module:
@@ -61,7 +61,8 @@ class Modules:
     """The modules of a model that adapters may name, by the names of one kind of file."""
 
     def __init__(self, spec: DecoderSpec, keys: Keys, family: GgufFamily | None = None) -> None:
-        """``keys`` are the names; ``family``, llama.cpp's family if they are its names."""
+        """List the modules of ``spec`` by the names ``keys``. ``family`` is llama.cpp's family, if the names are
+        llama.cpp's."""
         spec = replace(spec, keys=keys, quantization=None)
         if spec.whole is not None:
             spec = replace(spec, whole=replace(spec.whole, keys=keys, quantization=None))
@@ -97,10 +98,9 @@ class Modules:
             )
 
     def canonical(self, names: Iterable[str]) -> dict[str, str]:
-        """Return each of ``names``, which a file has, with the module's name here.
-
-        Names of a wrapper around the language model are changed as a checkpoint's are, and the prefix of the base model
-        is added if no name has it."""
+        """Return, for each of a file's ``names``, the name that this class has for the module. Names of a wrapper
+        around the language model are changed as those of checkpoints are, and the prefix of the base model is added if
+        no name has it."""
         found = {name: self._renamed(name) for name in names}
         outer = self.keys.prefix[: self.keys.prefix.find(".") + 1]
         if outer and not any(name.startswith(outer) for name in found.values()):

@@ -1,7 +1,8 @@
-"""Matching module names with regular expressions that a file contains.
+"""Match module names with regular expressions that come from a file.
 
-Some expressions take time exponential in the length of the text (``(a+)+``), during which Python runs nothing else.
-Those with more than one quantifier are therefore matched in a process of their own, which is stopped after a while.
+Some expressions, such as ``(a+)+``, take time exponential in the length of the text, during which no other Python code
+runs. Expressions with more than one quantifier are therefore matched in a separate process, which is stopped after
+:data:`SECONDS`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def _complete(where: str, pattern: str, ends: bool) -> str:
 
 
 def _match_apart(where: str, expressions: list[str], names: list[str]) -> list[set[str]]:
-    """Match in a process of its own."""
+    """Match ``expressions`` with ``names`` in a separate process."""
     if not expressions:
         return []
     try:

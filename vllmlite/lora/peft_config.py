@@ -22,8 +22,8 @@ _WITHOUT_EFFECT = frozenset(
     "peft_version qalora_group_size revision runtime_config target_modules task_type loftq_config eva_config "
     "lora_ga_config velora_config monteclora_config".split()
 )
-"""Fields that change nothing of how an adapter is applied, or that are read here. ``fan_in_fan_out`` says how the base
-model stores its weights, which the model itself says."""
+"""Fields that do not change how an adapter is applied, or that this module reads. ``fan_in_fan_out`` says how the base
+model stores its weights, which is known from the model itself."""
 _READ = frozenset(
     "r lora_alpha use_rslora rank_pattern alpha_pattern exclude_modules layers_to_transform layers_pattern "
     "init_lora_weights bias use_dora target_parameters modules_to_save ensure_weight_tying".split()
@@ -50,10 +50,10 @@ _RESIDUAL_STARTS = ("pissa", "olora", "corda")
 
 @dataclass(frozen=True, slots=True)
 class PeftConfig:
-    """The options of a LoRA adapter that say where it is applied, and how strongly."""
+    """The options of a LoRA adapter that determine where it is applied, and with which scale."""
 
     where: str
-    """The file, for messages."""
+    """Path of the file, for messages."""
     r: int
     lora_alpha: float
     use_rslora: bool
@@ -67,7 +67,7 @@ class PeftConfig:
     use_dora: bool = False
     """Whether each changed weight is rescaled so that its rows have trained norms (Liu et al. 2024)."""
     target_parameters: tuple[str, ...] = ()
-    """Ends of names of parameters to which the adapter is applied as well."""
+    """Ends of the names of parameters to which the adapter is also applied."""
     ensure_weight_tying: bool = False
     """Whether the output layer is changed together with the embedding to which it is tied."""
     modules_to_save: tuple[str, ...] = ()
@@ -85,8 +85,8 @@ class PeftConfig:
         return found
 
     def targeted(self, modules: Iterable[str], linear: Iterable[str]) -> set[str]:
-        """Return those of ``modules`` to which the adapter is to be applied. ``linear`` are those of them that
-        ``all-linear`` means."""
+        """Return the modules to which the adapter is applied. ``linear`` are the modules that ``all-linear`` stands
+        for."""
         targets = self.target_modules
         if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             found = set(linear)
@@ -114,7 +114,7 @@ class PeftConfig:
         return {module for module in modules if not wanted.isdisjoint(_ends(module))}
 
     def _layer(self, name: str) -> int | None:
-        """Return the layer of a module: the number after the name of a list of layers."""
+        """Return the number of a module's layer, which follows the name of a list of layers; None without one."""
         parts = name.split(".")
         for before, number in pairwise(parts[:-1]):
             if number.isdecimal() and before in (self.layers_pattern or (before,)):
@@ -122,7 +122,7 @@ class PeftConfig:
         return None
 
     def _by_pattern(self, field: str, patterns: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-        """Return the value of the first of ``patterns`` that matches the end of each name, if one does."""
+        """Return, for each name whose end one of ``patterns`` matches, the value of the first such pattern."""
         found: dict[str, Any] = {}
         matched = matching(f"{self.where}: {field}", list(patterns), names, ends=True)
         for value, matches in zip(patterns.values(), matched, strict=True):
@@ -133,7 +133,7 @@ class PeftConfig:
 
 def read_config(where: str, text: bytes) -> PeftConfig:
     """Return the options in ``text``, the contents of ``adapter_config.json``. Raises ModelError, which begins with
-    ``where``, for a field that is not honoured."""
+    ``where``, for a field that is not supported."""
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -173,7 +173,7 @@ class _Fields:
         )
 
     def check(self) -> None:
-        """Refuse fields that are not honoured."""
+        """Raise ModelError for fields that are not supported."""
         content = self.content
         if content.get("peft_type") not in (None, "LORA"):
             raise self.error(
@@ -246,6 +246,6 @@ class _Fields:
 
 
 def _ends(name: str) -> list[str]:
-    """Return ``name`` and what follows each of its dots."""
+    """Return ``name``, and the part of it after each of its dots."""
     parts = name.split(".")
     return [".".join(parts[index:]) for index in range(len(parts))]

@@ -1,4 +1,4 @@
-"""Reading LoRA adapters: PEFT's directories and llama.cpp's GGUF files, checked against the model before it gets them.
+"""Read LoRA adapters, PEFT's directories and llama.cpp's GGUF files, and check that they fit the model.
 
 https://huggingface.co/docs/peft/developer_guides/checkpoint has PEFT's names. A GGUF adapter has the metadata
 ``general.type = adapter``, ``adapter.type = lora`` and ``adapter.lora.alpha``, and tensors ``NAME.weight.lora_a`` and

@@ -1,4 +1,4 @@
-"""LoRARequest: which adapter a request uses; vLLM's names and arguments."""
+"""LoRARequest, which names the adapter of a request, with vLLM's names and arguments."""
 
 from __future__ import annotations
 

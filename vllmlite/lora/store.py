@@ -1,4 +1,6 @@
-"""Adapters in host memory: read by a thread, checked, and kept while there is room; see ``engine/adapters.py``."""
+"""LoRA adapters in host memory: a thread reads and checks them, and they are kept while there is room.
+``engine/adapters.py`` puts them on the device.
+"""
 
 from __future__ import annotations
 
@@ -19,23 +21,25 @@ class AdapterStore:
     """The adapters of one model in host memory. Thread-safe; files are read one at a time."""
 
     def __init__(self, reader: AdapterReader, max_adapters: int, max_bytes: int) -> None:
-        """Keep up to ``max_adapters`` adapters of up to ``max_bytes`` in all; those used longest ago are dropped."""
+        """Keep up to ``max_adapters`` adapters with up to ``max_bytes`` in total; the least recently used ones are
+        dropped."""
         self._reader = reader
         self._max_adapters, self._max_bytes = max_adapters, max_bytes
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1, "vllmlite-adapters")
         self._keys: dict[LoRARequest, AdapterKey] = {}
         self._kept: OrderedDict[str, Adapter] = OrderedDict()
-        """Digest → adapter, the one used longest ago first."""
+        """Digest → adapter, the least recently used one first."""
         self._reading: dict[LoRARequest, tuple[object, Future[Adapter]]] = {}
-        """The files being read, each with a mark of that reading."""
+        """Adapters that are being read, each with an object that identifies this reading."""
 
     def knows(self, source: LoRARequest) -> bool:
-        """Return whether :meth:`identify` need not read a file."""
+        """Return whether the adapter's key is known, so that :meth:`identify` returns without reading a file."""
         return source in self._keys
 
     def identify(self, source: LoRARequest) -> AdapterKey:
-        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
+        """Return the key of the adapter that ``source`` describes; read and check it first if it is not known. Raises
+        VllmliteError if it cannot be used."""
         with self._lock:
             key = self._keys.get(source)
             if key is not None:
@@ -45,7 +49,8 @@ class AdapterStore:
         return AdapterKey(source.lora_name, source, adapter.digest)
 
     def take(self, key: AdapterKey, timeout: float) -> Adapter | None:
-        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
+        """Return the adapter; None if it has to be read and that takes longer than ``timeout`` seconds. Raises
+        VllmliteError if it can no longer be read, or has other contents."""
         source = key.source
         assert isinstance(source, LoRARequest)
         with self._lock:
@@ -65,7 +70,7 @@ class AdapterStore:
         return adapter
 
     def forget(self, source: LoRARequest) -> bool:
-        """See :class:`~vllmlite.engine.adapters.AdapterSource`."""
+        """Drop an adapter from memory. Returns whether it was known."""
         with self._lock:
             self._reading.pop(source, None)
             key = self._keys.pop(source, None)
@@ -79,7 +84,7 @@ class AdapterStore:
             return sum(adapter.num_bytes for adapter in self._kept.values())
 
     def _read(self, source: LoRARequest) -> Future[Adapter]:
-        """Have the adapter read, unless it is being read already; the lock is held."""
+        """Start to read the adapter, unless it is being read already. The caller holds the lock."""
         if source not in self._reading:
             mark = object()
             self._reading[source] = mark, self._pool.submit(self._read_file, source, mark)
@@ -101,7 +106,7 @@ class AdapterStore:
         return adapter
 
     def _ended(self, source: LoRARequest, mark: object) -> bool:
-        """Note that a reading has ended; return whether the adapter has not been forgotten since it began."""
+        """Remove a finished reading. Returns False if the adapter was forgotten while it was read."""
         is_wanted = self._reading.get(source, (None,))[0] is mark
         if is_wanted:
             del self._reading[source]

@@ -1,4 +1,4 @@
-"""Comparing the tensors of an adapter with what its configuration says that it changes."""
+"""Compare the tensors of an adapter with the modules that its configuration says it changes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Targets:
     def __init__(
         self, where: str, config: PeftConfig, modules: Modules, own: Mapping[str, ModuleTensors]
     ) -> None:
-        """``own`` are the tensors of the file ``where``, by canonical name (:meth:`Modules.canonical`)."""
+        """Collect the targets of ``own``, the tensors of the file ``where`` by canonical name
+        (:meth:`Modules.canonical`)."""
         self.where, self.config, self.modules, self.own = where, config, modules, own
         self.stacked: dict[str, tuple[StackedExperts, str]] = {}
         """The modules that hold all experts of a layer, with the parameter that is changed."""

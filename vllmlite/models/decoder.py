@@ -47,7 +47,7 @@ class _Linear:
     names: Sequence[str]
     """Names of the weights that ``weight`` consists of, in this order."""
     changes: LowRankTable = None
-    """Their changes by adapters; None if there are no adapters, or if they cannot change it."""
+    """The changes that adapters make to the weight; None if there are no adapters, or if they cannot change it."""
     changed_by: set[int] = field(default_factory=set)
     """Indices of the adapters that change it."""
 
@@ -217,7 +217,7 @@ class Decoder:
         return logits if cap is None else self.backend.soft_cap(logits, cap)
 
     def enable_adapters(self, limits: AdapterLimits) -> None:
-        """Make room for adapters within ``limits``."""
+        """Allocate tables for the changes by adapters within ``limits``."""
         shapes, abilities = places(self.spec), {None, *self.backend.adapter_abilities}
         for linear in self._linears:
             first = linear.names[0]

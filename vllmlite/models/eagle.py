@@ -115,7 +115,7 @@ def _states(config: HfConfig, num_layers: int) -> tuple[int, ...]:
 
 
 class EagleHead:
-    """A head on the backend of its target model."""
+    """An EAGLE draft head, with its weights on the backend of its target model."""
 
     def __init__(self, spec: EagleSpec, target: Decoder, *, num_positions: int, block_size: int) -> None:
         """Load the head. Raises ModelError unless the checkpoint holds exactly the tensors that it needs."""

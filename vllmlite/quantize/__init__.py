@@ -1,4 +1,4 @@
-"""Writing of quantised checkpoints, and packing of weights that are already rounded."""
+"""Write quantised checkpoints, and pack weights that have been rounded already."""
 
 from vllmlite.quantize.checkpoint import Report, quantize_checkpoint
 from vllmlite.quantize.formats import FORMATS, METHODS

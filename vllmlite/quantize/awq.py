@@ -18,12 +18,12 @@ from vllmlite.quantize.rounding import Grid, channel_error, nearest
 from vllmlite.weights.host import Floats, HostTensor, float_tensor, float_values
 
 TRIES = 20
-"""The number of exponents of the inputs' mean magnitude to try, from 0."""
+"""Number of exponents of the inputs' mean magnitude to try, from 0 on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """Products that read the same channels, and the tensors that produce these."""
+    """Products that read the same channels, and the tensors that produce these channels."""
 
     readers: tuple[str, ...]
     """The weights to quantise."""

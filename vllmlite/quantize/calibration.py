@@ -41,7 +41,7 @@ class Moments:
 
     @classmethod
     def of_size(cls, size: int) -> Moments:
-        """Return the moments of no inputs, for products with ``size`` input channels."""
+        """Return moments of zero inputs, for products with ``size`` input channels."""
         return cls(np.zeros((size, size), np.float32), np.zeros(size))
 
     def add(self, inputs: Floats) -> None:
@@ -140,7 +140,7 @@ class _Observer:
     """Measures the inputs of products and passes all ops on to another backend."""
 
     def __init__(self, backend: Backend, names: Mapping[int, str]) -> None:
-        """``names`` are those of tensors by their ``id()``."""
+        """Measure the inputs of products on ``backend``. ``names`` maps the ``id()`` of each weight to its name."""
         self._backend, self._names = backend, names
         self._products: dict[int, tuple[LinearWeight, list[str]]] = {}
         self.moments: dict[str, Moments] = {}

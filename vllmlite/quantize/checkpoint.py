@@ -1,4 +1,4 @@
-"""Writes a quantised copy of a checkpoint, layer by layer; a run that is interrupted can be continued."""
+"""Write a quantised copy of a checkpoint, layer by layer; a run that is interrupted can be continued."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from vllmlite.weights.packing import Packing
 from vllmlite.weights.parts import TABLE
 
 NUM_TOKENS = 32768
-"""Tokens of calibration text."""
+"""Default number of tokens of calibration text."""
 
 
 @dataclass(slots=True)
@@ -112,14 +112,15 @@ def quantize_checkpoint(
 
 
 class _Writer:
-    """Quantises and writes one step after the other: each layer, then what belongs to no layer."""
+    """Quantises and writes a checkpoint in steps: each layer, then the tensors that belong to no layer."""
 
     def __init__(self, output: Output, progress: Progress, report: Report) -> None:
         self.output, self.progress, self.report = output, progress, report
         self.spec, self.weights = output.spec, output.weights
 
     def run(self, tokens: NDArray[np.int32] | None, show: Callable[[int, int], object]) -> None:
-        """Do every step that is left. ``tokens``: of the calibration text, if there is one."""
+        """Run all remaining steps. ``tokens`` is the calibration text, if there is one; ``show`` is called with the
+        number of finished steps and of all steps."""
         spec, written = self.spec, self.output.written
         outside = [name for name in self.output.sources if not name[0].isdigit()]
         calibration = hidden = None

@@ -37,7 +37,7 @@ class DirectoryOutput(Output):
     def __init__(
         self, source: Path, spec: DecoderSpec, weights: ModelWeights, settings: Settings, backend: Backend
     ) -> None:
-        """Raises ModelError or ParameterError for tensors that the format cannot store."""
+        """Prepare the output. Raises ModelError or ParameterError for tensors that the format cannot store."""
         super().__init__(spec, weights, settings, backend)
         self.source = source
         if spec.architecture in MULTIMODAL and not settings.own:
@@ -73,7 +73,7 @@ class DirectoryOutput(Output):
         self.dtypes = {key: self._stored(key).dtype for key in self._shapes if key not in self.schemes}
 
     def open(self, work: Path) -> None:
-        """See :class:`Output`."""
+        """Create the files in directory ``work``; what an earlier process wrote to them stays."""
         parts = {
             part_name(key, suffix): (part.dtype, part.shape)
             for key, scheme in self.schemes.items()
@@ -85,7 +85,9 @@ class DirectoryOutput(Output):
     def write(
         self, tensors: Mapping[str, HostTensor], moments: Mapping[str, Moments], changed: set[str]
     ) -> Tensors:
-        """See :class:`Output`."""
+        """Quantise and write ``tensors``, all those of some keys of the checkpoint, with the help of the ``moments`` of
+        their inputs. Return their values as they were written; without ``moments``, only of tensors that stay as they
+        are. ``changed``: names of tensors that differ from the source's."""
         written: Tensors = {}
         for key, names in self.keys(list(tensors)).items():
             own = [(self.sources[name], tensors[name]) for name in names]
@@ -109,7 +111,8 @@ class DirectoryOutput(Output):
         return written
 
     def finish(self, work: Path) -> Path:
-        """Copy the configuration."""
+        """Copy the files of the checkpoint besides tensors to ``work``, with the ``quantization_config``; return
+        ``work``."""
         for pattern in CONFIG_FILES:
             for file in self.source.glob(pattern):
                 if file.is_file() and file.name != INDEX:
@@ -119,14 +122,14 @@ class DirectoryOutput(Output):
         return work
 
     def _stored(self, key: str) -> HostTensor:
-        """Return the source's tensor ``key``."""
+        """Return the source's tensor ``key`` as it is stored."""
         found = self.weights.stored.tensor(key)
         assert isinstance(found, HostTensor)
         return found
 
 
 def _assembled(parts: Sequence[tuple[Source, HostTensor]]) -> Floats:
-    """Return the stored tensor, float32, of which the model's tensors are ``parts``."""
+    """Return the stored tensor that consists of ``parts``, tensors of the model, as float32."""
     first, tensor = parts[0]
     if first.rows is None:
         return float_values(tensor)

@@ -12,7 +12,8 @@ from vllmlite.models.quantization_config import own_config
 from vllmlite.weights.schemes.tiles import GROUP
 
 METHODS = ("rtn", "gptq", "awq")
-"""Round to nearest; GPTQ (Frantar et al. 2023); AWQ's scales (Lin et al. 2023), then GPTQ's rounding."""
+"""``rtn``: round to nearest; ``gptq`` (Frantar et al. 2023); ``awq``: AWQ's scales (Lin et al. 2023), then GPTQ's
+rounding."""
 FLOAT8_BLOCK = 128
 
 
@@ -90,7 +91,7 @@ class Settings:
 
     @property
     def own(self) -> bool:
-        """Whether the format is our own."""
+        """Whether the format is vllmlite's own."""
         return self.format in ("int8", "int4")
 
     @property

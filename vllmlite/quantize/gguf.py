@@ -36,7 +36,7 @@ from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, FLOATS, block_da
 FILE = "model.gguf"
 """The file's name while it is being written."""
 FILE_TYPES = {"gguf-q4_0": 2, "gguf-q8_0": 7}
-"""llama.cpp's numbers of the mixtures of types."""
+"""Format → llama.cpp's number for a file of mostly this type."""
 _TOKENS_OF_PHI3 = ("<s>", "</s>", "<unk>", "<|endoftext|>")
 _KINDS = {dtype: kind for kind, dtype in FLOATS.items()}
 
@@ -50,7 +50,7 @@ class GgufOutput(Output):
     def __init__(
         self, source: Path, spec: DecoderSpec, weights: ModelWeights, settings: Settings, backend: Backend
     ) -> None:
-        """Raises ModelError for families and tokenizers that GGUF files cannot store."""
+        """Prepare the output. Raises ModelError for families and tokenizers that GGUF files cannot store."""
         super().__init__(spec, weights, settings, backend)
         self.source = source
         self._architecture, self._family = gguf_family(source, spec)
@@ -82,7 +82,8 @@ class GgufOutput(Output):
         }
 
     def open(self, work: Path) -> None:
-        """See :class:`Output`. Raises ModelError if the file would be read differently from the source."""
+        """Create the files in directory ``work``; what an earlier process wrote to them stays. Raises ModelError if the
+        file would be read differently from the source."""
         extra = extra_tensors(self.spec)
         table = {name: Entry("F32", values.shape) for name, values in extra.items()}
         for one in self.sources.values():
@@ -98,7 +99,9 @@ class GgufOutput(Output):
     def write(
         self, tensors: Mapping[str, HostTensor], moments: Mapping[str, Moments], changed: set[str]
     ) -> Tensors:
-        """See :class:`Output`."""
+        """Quantise and write ``tensors``, all those of some keys of the checkpoint, with the help of the ``moments`` of
+        their inputs. Return their values as they were written; without ``moments``, only of tensors that stay as they
+        are. ``changed``: names of tensors that differ from the source's."""
         written: Tensors = {}
         for name, tensor in tensors.items():
             one = self.sources[name]
@@ -122,7 +125,7 @@ class GgufOutput(Output):
         return written
 
     def finish(self, work: Path) -> Path:
-        """See :class:`Output`."""
+        """Write the parts of the checkpoint besides tensors to directory ``work``. Returns the finished file."""
         return work / FILE
 
     def _heads(self, name: str) -> int:

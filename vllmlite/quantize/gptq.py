@@ -14,17 +14,17 @@ from vllmlite.weights.host import Floats
 from vllmlite.weights.packers import Rounded
 
 BLOCK = 128
-"""Number of columns after which the columns beyond them are corrected."""
+"""Number of columns that are rounded before the columns after them are corrected."""
 DAMPING = 0.01
 """The fraction of the mean of the Gram matrix's diagonal that is added to the diagonal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What GPTQ needs to know about the inputs of a product; all products with the same inputs can share it."""
+    """The properties of a product's inputs that GPTQ needs; all products with the same inputs can share them."""
 
     gram: NDArray[np.float32]
-    """``[in, in]``: their Gram matrix."""
+    """``[in, in]``: the Gram matrix of the inputs."""
     order: NDArray[np.int64] | None
     """The order in which columns are rounded; None: from first to last."""
     factor: NDArray[np.float32]

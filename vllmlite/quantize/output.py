@@ -1,4 +1,4 @@
-"""A quantised checkpoint that is being written: what is common to all file formats."""
+"""Base class of the writers of quantised checkpoints, with the parts that are common to all file formats."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Output(ABC):
     """A checkpoint of the model ``spec`` with quantised ``weights``. Nothing is written before :meth:`open`."""
 
     sources: Mapping[str, Source]
-    """Where the new checkpoint stores each tensor, by the model's names."""
+    """For each tensor of the model, by name, where the new checkpoint stores it."""
     schemes: Mapping[str, Scheme]
-    """The schemes of its quantised tensors, by its keys."""
+    """Quantisation scheme of each quantised tensor, by its key in the new checkpoint."""
     dtypes: Mapping[str, str]
-    """The dtypes of its other tensors, by its keys."""
+    """Dtype of each other tensor, by its key in the new checkpoint."""
 
     def __init__(
         self, spec: DecoderSpec, weights: ModelWeights, settings: Settings, backend: Backend
@@ -50,13 +50,14 @@ class Output(ABC):
     def write(
         self, tensors: Mapping[str, HostTensor], moments: Mapping[str, Moments], changed: set[str]
     ) -> Tensors:
-        """Write all tensors of some keys, and return these tensors as the checkpoint has them; without ``moments``, of
-        their inputs, only those that are not quantised. ``changed``: names of tensors that differ from the source's."""
+        """Quantise and write ``tensors``, all those of some keys of the checkpoint, with the help of the ``moments`` of
+        their inputs. Return their values as they were written; without ``moments``, only of tensors that stay as they
+        are. ``changed``: names of tensors that differ from the source's."""
 
     @abstractmethod
     def finish(self, work: Path) -> Path:
-        """Write what belongs to the checkpoint besides tensors to directory ``work``. Return the finished file, or
-        ``work`` if that is the checkpoint."""
+        """Write the parts of the checkpoint besides tensors to directory ``work``. Returns the finished file, or
+        ``work`` if the checkpoint is a directory."""
 
     @property
     def written(self) -> Checkpoint:
@@ -70,7 +71,8 @@ class Output(ABC):
             self.files.close()
 
     def keys(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """Return the keys of the new checkpoint that hold the tensors ``names``, and which of these each holds."""
+        """Return the keys of the new checkpoint that hold the tensors ``names``, each with those of ``names`` that it
+        holds."""
         found: dict[str, list[str]] = {}
         for name in names:
             found.setdefault(self.sources[name].key, []).append(name)
@@ -102,7 +104,8 @@ class Output(ABC):
         return packed(gptq(weight, grid, self._inputs(moments)), scheme)
 
     def _inputs(self, moments: Moments) -> Inputs:
-        """What GPTQ needs of ``moments``; it is kept for further weights with the same inputs."""
+        """Return the properties of inputs that GPTQ needs, from their ``moments``. The last result is kept for further
+        weights with the same inputs."""
         if self._latest is None or self._latest[0] is not moments:
             self._latest = moments, Inputs.of(moments.gram, self.settings.act_order)
         return self._latest[1]

@@ -1,4 +1,4 @@
-"""Packs weights that were rounded by another framework into the tensors of a checkpoint."""
+"""Pack weights that another framework has rounded into the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ _NUMPY = {
     "float8_e4m3": "u1",
 }  # fmt: skip
 TOLERANCE = 0.25
-"""Largest difference of a float from the value of its code, relative to the scale; bfloat16 cannot hold 8-bit codes."""
+"""Maximum difference of a float from the value of its code, relative to the scale; bfloat16 cannot represent 8-bit
+codes exactly."""
 
 
 def pack(

@@ -1,4 +1,4 @@
-"""The state of an interrupted run: the layers that are written, and the hidden states after them."""
+"""The state of an interrupted run: which layers are written, and the hidden states after them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENS = "tokens.npy"
 
 @dataclass(slots=True)
 class Progress:
-    """The directory in which a checkpoint is written, and how many layers are done."""
+    """The directory in which a checkpoint is being written, and the number of layers that are finished."""
 
     work: Path
     digest: str
@@ -54,7 +54,7 @@ class Progress:
         return progress
 
     def tokens(self, make: Callable[[], NDArray[np.int32]]) -> NDArray[np.int32]:
-        """Return the tokens of the calibration text, computed only once."""
+        """Return the tokens of the calibration text, which ``make`` computes only in the first run."""
         path = self.work / TOKENS
         if not path.exists():
             _replace(path, make())
@@ -62,7 +62,7 @@ class Progress:
         return found
 
     def hidden(self) -> Floats | None:
-        """Return the hidden states after the last layer that is done, or None if there are none."""
+        """Return the hidden states after the last finished layer, or None if there are none."""
         if not self.layers:
             return None
         found: Floats = np.load(self._hidden(self.layers))

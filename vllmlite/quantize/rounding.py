@@ -1,4 +1,4 @@
-"""Rounding of weights to integers with a scale, and perhaps a zero, for each group of a row's elements."""
+"""Round weights to integers with a scale, and perhaps a zero, for each group of a row's elements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllmlite.weights.packers import Rounded, stored_scales
 from vllmlite.weights.schemes.gguf_blocks import BlockScheme
 
 SHRINKS = 20
-"""Number of ranges to try for a group: its whole range, and ever smaller ones."""
+"""Number of ranges to try for a group: the whole range, and smaller and smaller ones."""
 SMALLEST = 0.6
 """The smallest range to try, as a fraction of the whole."""
 CHUNK = 1 << 20
@@ -32,18 +32,20 @@ class Grid:
 
     @property
     def signs(self) -> tuple[int, ...]:
-        """The signs that a scale may have. Codes reach further below the middle than above it, so that with either
-        sign, the largest magnitude can have the lowest code. GGUF's readers alone expect negative scales."""
+        """Signs that a scale may have.
+
+        There is one more code below the middle than above it. With either sign allowed, the element of the largest
+        magnitude can have the lowest code. Only readers of GGUF files support negative scales."""
         return (1, -1) if isinstance(self.scheme, BlockScheme) else (1,)
 
     @property
     def largest(self) -> int:
-        """The largest code."""
+        """Largest code."""
         return (1 << self.bits) - 1
 
     def scales(self, low: Floats, high: Floats, shrink: float = 1.0, sign: int = 1) -> tuple[Floats, Floats]:
-        """Scales and zeros of groups with elements from ``low`` to ``high``, of which the fraction ``shrink`` of the
-        range is covered. ``sign``, one of :attr:`signs`, is that of the scales."""
+        """Return scales and zeros of groups with elements from ``low`` to ``high``, which cover the fraction ``shrink``
+        of this range. ``sign``, one of :attr:`signs`, is the sign of the scales."""
         if self.symmetric:
             middle = (self.largest + 1) // 2
             below, above = (-low, high) if sign > 0 else (high, -low)

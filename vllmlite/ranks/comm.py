@@ -28,25 +28,25 @@ class NativeComm:
         self._all = native.Exchange(ranks, 0, ranks.world, 1)
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """See :class:`Comm`."""
+        """Return the sum of the ranks' ``x``, added in rank order and equal on all of them. May overwrite ``x``."""
         return self._runtime.all_reduce(x, self._exchange) if self.world > 1 else x
 
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
-        """See :class:`Comm`."""
+        """Return the ranks' ``x [N, widths[rank]]`` side by side in rank order: ``[N, sum(widths)]``."""
         return self._runtime.all_gather(x, widths, self._exchange) if self.world > 1 else x
 
     def least(self, value: int) -> int:
-        """See :class:`Comm`."""
+        """Return the least ``value`` of the ranks of all stages of the pipeline."""
         own = self._native.over(np.array([[value]], np.int64), "int64", (1, 1))
         gathered = self._runtime.all_gather(own, [1] * self._ranks.world, self._all)
         return int(self._runtime.to_host(gathered).min())
 
     def send(self, x: Tensor) -> None:
-        """See :class:`Comm`."""
+        """Send float32 ``x`` to this rank's counterpart in the next stage of the pipeline."""
         self._runtime.send(x, self._ranks)
 
     def receive(self, shape: Sequence[int], dtype: str) -> Tensor:
-        """See :class:`Comm`."""
+        """Return the tensor of ``shape`` that this rank's counterpart in the previous stage of the pipeline sends."""
         return self._runtime.receive(shape, dtype, self._ranks.rank - self.world, self._ranks)
 
 
@@ -54,32 +54,34 @@ class CopyingComm:
     """The collectives of another backend: copies to host memory, on which a :class:`NativeComm` works at once."""
 
     def __init__(self, backend: Backend, native: Any, ranks: Any, stages: int) -> None:
-        """See :class:`NativeComm`."""
+        """``native`` is the module ``vllmlite._cpu``, ``ranks`` an object of its class ``Ranks``. Each of the
+        ``stages`` of the pipeline has the same number of ranks."""
         self._backend, self._native = backend, native
         self._runtime = native.Runtime("auto", [[]], "float32")
         self._comm = NativeComm(native, self._runtime, ranks, stages)
         self.rank, self.world, self.sharing = self._comm.rank, self._comm.world, self._comm.sharing
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        """See :class:`Comm`. Sums are float32 and rounded at the end."""
+        """Return the sum of the ranks' ``x``, added in rank order and equal on all of them. May overwrite ``x``. Sums
+        are float32 and rounded at the end."""
         return self._on_device(self._comm.all_reduce(self._on_host(x, np.float32)), self._backend.dtype)
 
     def all_gather(self, x: Tensor, widths: Sequence[int]) -> Tensor:
-        """See :class:`Comm`."""
+        """Return the ranks' ``x [N, widths[rank]]`` side by side in rank order: ``[N, sum(widths)]``."""
         values = self._on_host(x)
         return self._on_device(self._comm.all_gather(values, widths), values.dtype)
 
     def least(self, value: int) -> int:
-        """See :class:`Comm`."""
+        """Return the least ``value`` of the ranks of all stages of the pipeline."""
         return self._comm.least(value)
 
     def send(self, x: Tensor) -> None:
-        """See :class:`Comm`."""
+        """Send float32 ``x`` to this rank's counterpart in the next stage of the pipeline."""
         self._comm.send(self._on_host(x, np.float32))
         self._runtime.flush()
 
     def receive(self, shape: Sequence[int], dtype: str) -> Tensor:
-        """See :class:`Comm`."""
+        """Return the tensor of ``shape`` that this rank's counterpart in the previous stage of the pipeline sends."""
         return self._on_device(self._comm.receive(shape, dtype), self._backend.dtype)
 
     def _on_host(self, x: Tensor, dtype: type[np.generic] | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The processes of the ranks on this host: starting them, watching that all of them run, and ending them."""
+"""The processes of the ranks on this host: starts them, watches that all of them run, and ends them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ from vllmlite.subprogram import ending, start_python
 
 PROGRAM = "from vllmlite.ranks.worker import main; main()"
 START_SECONDS = 60.0
-"""Time in which the process of a rank must show that it runs."""
+"""Maximum seconds until the process of a rank shows that it runs."""
 LOAD_SECONDS = 3600.0
-"""Time in which a rank must have loaded its part of the model."""
+"""Maximum seconds until a rank has loaded its part of the model."""
 SILENT_SECONDS = 3.5
-"""Silence after which a rank counts as stopped; a thread of its own shows every half second that it runs."""
+"""Seconds without a sign of life after which a rank counts as stopped. A thread of each rank gives one every half
+second."""
 WATCH_SECONDS = 0.25
-"""Interval at which signs of life are looked at; a process that ends is noticed at once."""
+"""Interval in seconds at which signs of life are checked. The end of a process is noticed at once."""
 AGREE_SECONDS = 2.0
-"""Time in which a step that fails on one rank must have failed on all."""
+"""Maximum seconds between the failures of one step on two ranks."""
 NOT_STARTED = "starting"
 
 
@@ -49,16 +50,16 @@ class RankGroup:
         self.host = socket.gethostname()
         self.end: EngineDeadError | None = None
         self._changed = threading.Condition()
-        """Guards what follows; it is notified of ready ranks, failures and the end."""
+        """Guards the attributes below; it is notified of ready ranks, failures and the end."""
         self._phases = [NOT_STARTED] * world
         self._ready: list[Ready | None] = [None] * world
         self._failures: defaultdict[int, dict[int, str]] = defaultdict(dict)
-        """Step → the ranks at which it failed, and how."""
+        """Step → the ranks on which it failed, each with the error's text."""
         self._first_failure = 0.0
-        """When the last step that failed failed first."""
+        """Time at which the last failed step first failed on a rank."""
         self._listeners: list[Callable[[], object]] = []
         self._error: VllmliteError | None = None
-        """What a rank raised at its start."""
+        """The error with which a rank failed to start, if any."""
         self._ending = False
         self.processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
@@ -89,7 +90,8 @@ class RankGroup:
         self._finalizer = weakref.finalize(self, _kill, self.processes, self._sockets, self.ranks)
 
     def wait_until_ready(self) -> list[Ready]:
-        """Wait until all ranks have built their runners. Raises what a rank raised, or BackendError if one ended."""
+        """Wait until all ranks have built their runners. Raises the error with which a rank failed, or BackendError if
+        one ended."""
         with self._changed:
             self._changed.wait_for(lambda: self.end is not None or None not in self._ready)
             if self.end is None:
@@ -97,7 +99,7 @@ class RankGroup:
         raise self._error or BackendError(str(self.end))
 
     def check(self) -> None:
-        """Raise EngineDeadError if a rank has ended, once all have."""
+        """Raise EngineDeadError if a rank has ended; in that case wait until all have."""
         if self.ranks.aborted:
             with self._changed:
                 self._changed.wait_for(lambda: self.end is not None)
@@ -109,7 +111,7 @@ class RankGroup:
         self._listeners.append(listener)
 
     def agree_on_failure(self, step: int) -> None:
-        """Return once ``step`` has failed on all ranks. Raises EngineDeadError if it does not."""
+        """Wait until ``step`` has failed on all ranks. Raises EngineDeadError if it does not fail on all of them."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self.end is not None or len(self._failures[step]) == len(self.processes)
@@ -123,7 +125,7 @@ class RankGroup:
         self._thread.join()
 
     def _stop(self, reason: str, error: VllmliteError | None = None) -> None:
-        """Kill all ranks for ``reason``, unless they have been."""
+        """Kill all ranks, and keep ``reason`` and ``error`` for later calls; does nothing if they have been killed."""
         with self._changed:
             if self._ending:
                 return
@@ -139,7 +141,8 @@ class RankGroup:
         _kill(self.processes, self._sockets, getattr(self, "ranks", None))
 
     def watch_once(self, begun: float) -> bool:
-        """Wait a little, take in what the ranks say, and check that they run. False after the end."""
+        """Wait a little, handle the messages of the ranks, and check that they run. Returns False once the group has
+        ended."""
         poll = select.poll()
         by_descriptor = {}
         for rank, connection in enumerate(self._sockets):
@@ -156,7 +159,7 @@ class RankGroup:
         return self.end is None
 
     def _listen(self, rank: int) -> None:
-        """Take in a message of a rank, or its end."""
+        """Receive a message of a rank, or notice that its connection has ended."""
         try:
             with self._sockets[rank].makefile("rb", buffering=0) as stream:
                 message = unpack(stream)  # type: ignore[arg-type]
@@ -188,7 +191,7 @@ class RankGroup:
         return f"rank {rank} of {len(self.processes)} (process {self.processes[rank].pid} on {self.host})"
 
     def _check_signs_of_life(self, seconds: float) -> None:
-        """Stop all ranks if one is silent, late or alone in failing."""
+        """Kill all ranks if one is silent, takes too long to start, or is the only one on which a step failed."""
         for rank in range(len(self.processes)):
             silence, last = self.ranks.silence(rank), f"; its last message: {self._phases[rank]}"
             if silence > SILENT_SECONDS:
@@ -208,7 +211,7 @@ class RankGroup:
 
 
 def _watch(reference: weakref.ref[RankGroup]) -> None:
-    """Watch a group until it has ended or is forgotten."""
+    """Watch a group until it has ended or no longer exists."""
     begun = time.monotonic()
     while True:
         group = reference()
@@ -218,7 +221,7 @@ def _watch(reference: weakref.ref[RankGroup]) -> None:
 
 
 def _kill(processes: Sequence[subprocess.Popen[bytes]], sockets: Sequence[socket.socket], ranks: Any) -> None:
-    """End the ranks' processes at once, and everything that waits for them."""
+    """Kill the ranks' processes, and abort everything that waits for them."""
     for process in processes:
         process.kill()
     if ranks is not None:

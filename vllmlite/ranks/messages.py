@@ -1,8 +1,9 @@
-"""What the driver and the ranks of one host tell each other.
+"""Messages between the driver and the ranks of one host.
 
 Steps and their results go through rings in shared memory, everything else over a socket pair for each rank, all of it
-pickled: these processes trust each other as parts of one program, which the driver has started. Nothing is ever
-unpickled that comes from another host."""
+pickled: these processes trust each other as parts of one program, which the driver has started. Nothing that comes from
+another host is ever unpickled.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A rank begins another part of its start."""
+    """Message of a rank that begins another part of its start."""
 
     name: str
 
@@ -57,7 +58,7 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A rank's runner is built; see ``runner.build.BuiltRunner``."""
+    """Message of a rank whose runner is built; for the fields see ``runner.build.BuiltRunner``."""
 
     backend: BackendFacts
     model: ModelFacts
@@ -71,7 +72,8 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A step failed on a rank; all others must fail at it as well, or they no longer agree."""
+    """Message of a rank on which a step failed. It must fail on all others too, or the ranks no longer have equal
+    states."""
 
     step: int
     error: str
@@ -79,21 +81,22 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPart:
-    """Some weights of an adapter; the parts of one adapter follow each other, maybe with steps between them."""
+    """Message with some weights of an adapter. The parts of one adapter come in order, and steps may come between
+    them."""
 
     index: int
-    """Where the ranks put the adapter; see ``ModelRunner.load_adapter_parts``."""
+    """Index at which the ranks put the adapter; see ``ModelRunner.load_adapter_parts``."""
     digest: str
     weights: Mapping[str, LowRank]
     """The changes of whole weights, by their names in the whole model."""
     is_first: bool
     is_last: bool
-    """Whether the ranks have all of the adapter now, and reply once it is loaded."""
+    """Whether this is the last part of the adapter; the ranks reply once it is loaded."""
 
 
 Command: TypeAlias = tuple[int, Schedule | AdapterPart | None]
-"""The driver's message in the ring: launch the schedule as step ``[0]``; with None, collect that step.
-
-Only ranks whose backend is asynchronous are told to collect; others complete each step at once."""
+"""The driver's message in the ring, whose first element is the number of a step: launch the schedule as this step, load
+an adapter, or (None) collect this step. Only ranks whose backend is asynchronous are told to collect; others complete
+each step at once."""
 Reply: TypeAlias = tuple[int, StepResult | Exception]
-"""The reporting rank's message in the ring: a collected step, or why it failed."""
+"""The message of the reporting rank in the ring: the number of a step, and its result or its error."""

@@ -1,4 +1,6 @@
-"""The runner of an engine whose model is computed by several ranks: sends schedules to them, gets results back."""
+"""The runner of an engine whose model is computed by several ranks: it sends schedules to the ranks and receives
+results.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,18 @@ from vllmlite.weights.adapter import Adapter, LowRank
 
 
 class ParallelRunner:
-    """Runs schedules on all ranks of a group.
-
-    An interrupt loses at most the results of the steps in flight, which the ranks complete all the same."""
+    """Runs schedules on all ranks of a group. If a call is interrupted, at most the results of the steps in flight are
+    lost; the ranks complete these steps nevertheless."""
 
     def __init__(self, group: RankGroup, ready: Ready, memory: Sequence[NDArray[np.uint8]] = ()) -> None:
-        """``ready`` is the answer of the rank that reports results; ``memory`` is that of the ranks' places, if this
-        process shares it."""
+        """Drive the ranks of ``group``. ``ready`` is the message of the rank that reports results; ``memory`` is the
+        host memory of the ranks for blocks, if this process shares it."""
         self.group = group
         self.backend, self.model = ready.backend, ready.model
         self._has_places, self._memory = ready.host is not None, memory
         self._step = 0
         self._replies: dict[int, StepResult | Exception] = {}
-        """Replies that have come and have not been asked for."""
+        """Replies that have been received but not collected, by step."""
 
     def launch(self, schedule: Schedule) -> int:
         """Send a step to the ranks. Raises EngineDeadError if one has ended."""
@@ -41,7 +42,8 @@ class ParallelRunner:
         return self._step
 
     def collect(self, handle: int) -> StepResult:
-        """Wait for a step's results. Raises what it raised on the ranks, or EngineDeadError if one has ended."""
+        """Wait for a step's results. Raises the error that the step raised on the ranks, or EngineDeadError if one has
+        ended."""
         if self.backend.asynchronous:
             self._send((handle, None))
         for interrupted in [step for step in self._replies if step < handle]:
@@ -73,7 +75,7 @@ class ParallelRunner:
             yield sum(change.num_bytes for change in weights.values())
 
     def _wait_for(self, step: int) -> StepResult:
-        """Return the reply to a command, or raise the error that it is; replies to others are kept."""
+        """Return the reply to a command, or raise the error that it contains. Replies to other commands are kept."""
         while step not in self._replies:
             message = self.group.ranks.receive(1.0)
             if message is None:

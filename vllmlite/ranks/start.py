@@ -1,4 +1,4 @@
-"""Starting the ranks of an engine on this host."""
+"""Start the ranks of an engine on this host."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from vllmlite.runner.build import BuiltRunner
 
 
 def start_ranks(config: EngineConfig, plan: Plan) -> BuiltRunner[ParallelRunner]:
-    """Start a process for each rank and return a runner that drives them. Raises what a rank's start raises.
-
-    ``config.threads`` are those of each rank; by default the CPUs of this process are divided among the ranks."""
+    """Start a process for each rank, and return a runner that drives them. Raises the error of a rank that cannot
+    start. ``config.threads`` is the number of threads of each rank; by default the CPUs of this process are divided
+    among the ranks."""
     world, stages = config.num_ranks, config.pipeline_parallel_size
     if plan.spec is None:
         name = "tensor_parallel_size" if stages == 1 else "pipeline_parallel_size"

@@ -35,7 +35,8 @@ from vllmlite.runner.runner import ModelRunner
 from vllmlite.weights.adapter import Adapter, LowRank
 
 COLLECTIVE_SECONDS, COLLECTIVE_SECONDS_PER_TOKEN = 30.0, 0.05
-"""Limit of a collective operation, which waits for the slowest rank: for any step, and for each of its tokens."""
+"""Maximum seconds of a collective operation, which waits for the slowest rank: a constant, and an addition for each
+token of the step."""
 
 
 def main() -> None:
@@ -87,24 +88,25 @@ def main() -> None:
 
 
 class _NoTerminal(io.TextIOWrapper):
-    """Standard error of a rank whose progress is not shown, since that of rank 0 is."""
+    """Standard error of a rank, which is not a terminal, so that only rank 0 shows progress."""
 
     def isatty(self) -> bool:
         return False
 
 
 class Steps:
-    """Runs the steps that come from the driver."""
+    """Runs the steps that the driver sends."""
 
     def __init__(self, runner: ModelRunner, ranks: Any, control: socket.socket, reports: bool) -> None:
-        """``ranks`` is the shared memory, a ``Ranks`` of ``vllmlite._cpu``; one rank ``reports`` results."""
+        """Run steps on ``runner``. ``ranks`` is the shared memory, an object of the class ``Ranks`` of
+        ``vllmlite._cpu``. ``reports``: this rank sends the results to the driver."""
         self._runner, self._ranks, self._control, self._reports = runner, ranks, control, reports
         self._launched: dict[int, Any] = {}
         """Step → its handle, or the error with which its launch failed."""
         model = runner.model
         self._places = place_parts(model.spec) if runner.adapter_limits and isinstance(model, Decoder) else {}
         self._adapters: dict[int, dict[str, LowRank]] = {}
-        """Index → what has come of an adapter of which more will come."""
+        """Index of an adapter that is being received → its parts so far."""
 
     def run(self) -> None:
         """Run steps until the ranks are aborted; the heartbeat's thread ends the process when the driver has ended."""
@@ -134,7 +136,7 @@ class Steps:
             self._reply(step, result)
 
     def _reply(self, step: int, result: StepResult | Exception) -> None:
-        """Send the driver a result, if this rank is the one that does."""
+        """Send a result to the driver, if this is the rank that reports results."""
         if self._reports:
             self._ranks.send(_packed((step, result)))
 
@@ -154,7 +156,7 @@ class Steps:
         return self._failed(step, error)
 
     def _take(self, part: AdapterPart) -> None:
-        """Keep this rank's part of the changes that have come."""
+        """Keep this rank's part of the received changes."""
         if part.is_first:
             self._adapters[part.index] = {}
         for name, change in part.weights.items():
@@ -162,7 +164,7 @@ class Steps:
                 self._adapters[part.index][own.name] = own.of(change)
 
     def _load_adapter(self, step: int, adapter: AdapterPart) -> StepResult | Exception:
-        """Load the rank's part of an adapter of which all has come; if one rank cannot, none has it."""
+        """Load this rank's part of a completely received adapter. If one rank cannot load it, no rank keeps it."""
         error: Exception | None = None
         try:
             weights = self._adapters.pop(adapter.index)

@@ -112,8 +112,8 @@ class ModelRunner:
         self._pooling = Pooling(backend)
 
     def profile(self, num_tokens: int, waits: bool = True) -> None:
-        """Run a step of ``num_tokens`` in as many rows as there are slots, on block 0, and forget it. If it ``waits``,
-        what it samples is read."""
+        """Run a step of ``num_tokens`` tokens in as many rows as there are slots, on block 0, and discard its results.
+        If it ``waits``, return once the step is done."""
         num_rows = min(len(self._known), num_tokens)
         counts = np.diff(np.arange(num_rows + 1, dtype=np.int32) * num_tokens // num_rows)
         rows = np.arange(num_rows, dtype=np.int32)
@@ -293,7 +293,8 @@ class ModelRunner:
         return list(zip(starts.tolist(), (starts + counts).tolist(), strict=True))
 
     def _propose(self, handle: Launched, result: StepResult) -> None:
-        """Have the proposer take in the ids of a step, and add the drafts that its schedule wants."""
+        """Give the accepted ids of a step to the proposer, and put the drafts that the step's schedule wants into
+        ``result``."""
         assert self.proposer is not None
         schedule, wanted = handle.schedule, handle.schedule.wanted
         sampling = _drawing_rows(schedule)

@@ -289,7 +289,7 @@ class Tokenizer:
 
 
 class _ShownBytes(dict[int, bytes]):
-    """See :meth:`Tokenizer.shown_bytes`. An id's bytes are computed when they are first looked up."""
+    """Id → the bytes that it adds to a byte-level text, computed when they are first looked up."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         super().__init__()

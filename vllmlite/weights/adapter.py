@@ -66,7 +66,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its changes, except whole weights."""
+        """Largest rank of the adapter's changes, except those that replace whole weights."""
         return max((change.rank for change in self.weights.values() if not change.is_whole), default=0)
 
     @property

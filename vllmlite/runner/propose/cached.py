@@ -73,22 +73,24 @@ class CachedProposer(Proposer, Generic[SequenceT]):
         self._marks.clear()
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Begin a sequence in ``slot``: its prompt of ``num_prompt`` ids, and the output so far. The sequence that had
+        the slot before has ended."""
         self._sequences[slot] = self._make(slot, list(token_ids))
 
     def append_blocks(self, slots: Sequence[int], columns: Sequence[int], blocks: Sequence[int]) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Write block ``blocks[i]`` to column ``columns[i]`` of the block table of ``slots[i]``."""
         for slot, block in zip(slots, blocks, strict=True):
             self._sequences[slot].blocks.append(block)
 
     def launch(self, slots: Sequence[int]) -> list[SequenceT]:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Prepare for the results of a step that was launched and samples in ``slots``. The returned handle goes to
+        :meth:`collect`."""
         return [self._sequences[slot] for slot in slots]
 
     def collect(
         self, handle: list[SequenceT], token_ids: Sequence[list[int]], wanted: Sequence[int]
     ) -> list[list[int]]:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Add the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
         asked: dict[int, SequenceT] = {}
         counts: dict[int, int] = {}
         for sequence, ids, count in zip(handle, token_ids, wanted, strict=True):

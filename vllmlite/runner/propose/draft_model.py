@@ -46,7 +46,7 @@ class ModelProposer(CachedProposer[DraftedSequence]):
         self._vocab_size = vocab_size
 
     def profile(self, num_rows: int) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Compute one draft in each of ``num_rows`` rows and discard it, to measure its time."""
         self.runner.profile(num_rows)
 
     def _draft(self, asked: Mapping[int, DraftedSequence], counts: Mapping[int, int]) -> None:

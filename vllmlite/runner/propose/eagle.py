@@ -133,7 +133,7 @@ class EagleProposer(CachedProposer[EagleSequence]):
         self._max_num_seqs = max_num_seqs
 
     def profile(self, num_rows: int) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Compute one draft in each of ``num_rows`` rows and discard it, to measure its time."""
         rows = list(range(min(num_rows, self._max_num_seqs)))
         zeros, ones = [0] * len(rows), [1] * len(rows)
         for slot in rows:
@@ -145,7 +145,8 @@ class EagleProposer(CachedProposer[EagleSequence]):
         self._sampled(normed, batch)
 
     def keep_states(self, schedule: Schedule, states: Sequence[Tensor]) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Keep the hidden states of a step that was launched: for each of :attr:`states`, those of all its tokens.
+        Called before :meth:`launch`."""
         step, token = _States(states), 0
         behind: dict[int, EagleSequence] = {}
         kept: list[_Segment] = []

@@ -24,17 +24,19 @@ class LookupProposer(Proposer):
         self._sequences = sequences
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Begin a sequence in ``slot``: its prompt of ``num_prompt`` ids, and the output so far. The sequence that had
+        the slot before has ended."""
         self._sequences.admit(slot, token_ids, num_prompt)
 
     def launch(self, slots: Sequence[int]) -> tuple[list[int], int]:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Prepare for the results of a step that was launched and samples in ``slots``. The returned handle goes to
+        :meth:`collect`."""
         return list(slots), self._sequences.num_admissions
 
     def collect(
         self, handle: tuple[list[int], int], token_ids: Sequence[list[int]], wanted: Sequence[int]
     ) -> list[list[int]]:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Add the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
         drafts: list[list[int]] = self._sequences.propose(*handle, token_ids, wanted)
         return drafts
 

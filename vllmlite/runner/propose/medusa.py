@@ -30,10 +30,12 @@ class MedusaProposer(Proposer):
         """Hidden states and first sampled tokens of the step that was launched last."""
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Begin a sequence in ``slot``: its prompt of ``num_prompt`` ids, and the output so far. The sequence that had
+        the slot before has ended."""
 
     def keep_states(self, schedule: Schedule, states: Sequence[Tensor]) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Keep the hidden states of a step that was launched: for each of :attr:`states`, those of all its tokens.
+        Called before :meth:`launch`."""
         ends = np.cumsum(schedule.counts).tolist()
         firsts = {
             slot: end - samples
@@ -43,11 +45,12 @@ class MedusaProposer(Proposer):
         self._last = (states[0], firsts)
 
     def launch(self, slots: Sequence[int]) -> Step:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Prepare for the results of a step that was launched and samples in ``slots``. The returned handle goes to
+        :meth:`collect`."""
         return (list(slots), *self._last)
 
     def collect(self, handle: Step, token_ids: Sequence[list[int]], wanted: Sequence[int]) -> list[list[int]]:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Add the ids that a step sampled in its slots; return at most ``wanted[i]`` drafts for the i-th slot."""
         slots, hidden, firsts = handle
         drafts: list[list[int]] = [[] for _ in slots]
         rows = [row for row, count in enumerate(wanted) if count]
@@ -61,7 +64,7 @@ class MedusaProposer(Proposer):
         return drafts
 
     def profile(self, num_rows: int) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Compute one draft in each of ``num_rows`` rows and discard it, to measure its time."""
         zeros = np.zeros((num_rows, self.heads.hidden_size), np.float32)
         self._guesses(self._backend.tensor(zeros, self._backend.dtype), num_rows, 1)
 

@@ -136,7 +136,7 @@ class SuffixSequences(Sequences):
     def __init__(
         self, max_slots: int, depth: int, factor: float, least_probability: float, earlier: int
     ) -> None:
-        """See :class:`DraftLimits`. The last ``earlier`` outputs are kept, or fewer: outputs are dropped by halves."""
+        """Keep the last ``earlier`` outputs, or fewer: outputs are dropped by halves."""
         super().__init__(max_slots)
         self._limits = (depth, factor, least_probability)
         self._earlier = earlier

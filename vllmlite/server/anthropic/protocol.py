@@ -82,7 +82,7 @@ class AnthropicFormat(Request):
 
 
 class AnthropicOutputConfig(Request):
-    """Options of the output."""
+    """Options of the answer's format and effort."""
 
     effort: str | None = Field(None, description="Passed to chat templates that use it.")
     format: AnthropicFormat | None = None

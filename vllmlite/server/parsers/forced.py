@@ -25,11 +25,11 @@ class NamedCall:
         self._parts: list[Part] = [CallBegin(0, name)]
 
     def feed(self, text: str) -> list[Part]:
-        """See :class:`~vllmlite.server.parsers.parts.Parser`."""
+        """Add ``text``; return the parts of the answer that are certain now."""
         parts, self._parts = self._parts, []
         return [*parts, CallArguments(0, text)]
 
     def finish(self, cut: bool = False) -> list[Part]:
-        """See :class:`~vllmlite.server.parsers.parts.Parser`."""
+        """Return the remaining parts of the answer. ``cut``: a limit ended the text, not the model."""
         parts, self._parts = self._parts, []
         return parts

@@ -22,7 +22,7 @@ _RECIPIENT = re.compile(r"\bto=(?:functions\.)?([\w.-]+)")
 
 
 class Harmony:
-    """Parses whole answers. Text outside messages is content."""
+    """Parser of gpt-oss's answers, in OpenAI's Harmony format. Text outside messages counts as content."""
 
     def __init__(self) -> None:
         self._text = ""
@@ -31,12 +31,12 @@ class Harmony:
         self._calls = 0
 
     def feed(self, text: str) -> list[Part]:
-        """See :class:`~vllmlite.server.parsers.parts.Parser`."""
+        """Add ``text``; return the parts of the answer that are certain now."""
         self._text += text
         return merged(self._read(ended=False))
 
     def finish(self, cut: bool = False) -> list[Part]:
-        """See :class:`~vllmlite.server.parsers.parts.Parser`."""
+        """Return the remaining parts of the answer. ``cut``: a limit ended the text, not the model."""
         parts = list(self._read(ended=not cut))  # markers are tokens: a partial one is not text
         if not cut:
             parts.append(Content(self._text))

@@ -23,7 +23,7 @@ class MarkedJson(ToolParser):
     marks: ClassVar[JsonMarks]
 
     def __init__(self, tools: Tools) -> None:
-        """See :class:`ToolParser`."""
+        """Parse an answer to a request with ``tools``."""
         super().__init__(tools)
         self._after_list = self._close
 

@@ -24,7 +24,7 @@ class Mistral(ToolParser):
     """Content, followed by calls."""
 
     def __init__(self, tools: Tools) -> None:
-        """See :class:`ToolParser`."""
+        """Parse an answer to a request with ``tools``."""
         super().__init__(tools)
         self._name = ""
         self._arguments = ArgumentsReader()

@@ -33,7 +33,7 @@ class NamedJson(ToolParser):
     marks: ClassVar[NamedMarks]
 
     def __init__(self, tools: Tools) -> None:
-        """See :class:`ToolParser`."""
+        """Parse an answer to a request with ``tools``."""
         super().__init__(tools)
         self._arguments = ArgumentsReader()
 

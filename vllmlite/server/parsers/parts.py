@@ -110,14 +110,14 @@ class ToolParser:
         self._state: State = self.begin
 
     def feed(self, text: str) -> list[Part]:
-        """See :class:`Parser`."""
+        """Add ``text``; return the parts of the answer that are certain now."""
         self._text += text
         while self._state(False):
             pass
         return self._drain()
 
     def finish(self, cut: bool = False) -> list[Part]:
-        """See :class:`Parser`."""
+        """Return the remaining parts of the answer. ``cut``: a limit ended the text, not the model."""
         if cut and self._begins_call():
             self._text = self._held = ""
         while self._state(True):

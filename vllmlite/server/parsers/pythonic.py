@@ -33,7 +33,7 @@ class Pythonic(ToolParser):
     marks: ClassVar[PythonMarks] = PythonMarks()
 
     def __init__(self, tools: Tools) -> None:
-        """See :class:`ToolParser`."""
+        """Parse an answer to a request with ``tools``."""
         super().__init__(tools)
         self._scan = _Scan()
 

@@ -17,7 +17,7 @@ class ThinkStyle:
     """Whether an answer begins with reasoning even without an opening marker."""
     other_openings: tuple[str, ...] = ()
     other_closings: tuple[str, ...] = ()
-    """Markers that some models write instead."""
+    """Closing markers that some models write in place of the usual one."""
     ends_before: tuple[str, ...] = ()
     """Tool-call markers that end unclosed reasoning."""
 
@@ -64,11 +64,11 @@ class ThinkParser:
         """Whether the text is reasoning; None before that is known."""
 
     def feed(self, text: str) -> list[Part]:
-        """See :class:`~vllmlite.server.parsers.parts.Parser`."""
+        """Add ``text``; return the parts of the answer that are certain now."""
         return merged(self._pass_on(self._split(text, False)))
 
     def finish(self, cut: bool = False) -> list[Part]:
-        """See :class:`~vllmlite.server.parsers.parts.Parser`."""
+        """Return the remaining parts of the answer. ``cut``: a limit ended the text, not the model."""
         parts = self._pass_on(self._split("", True))
         return merged(parts if self._then is None else [*parts, *self._then.finish(cut)])
 

@@ -39,7 +39,7 @@ class Tagged(ToolParser):
     tags: ClassVar[Tags]
 
     def __init__(self, tools: Tools) -> None:
-        """See :class:`ToolParser`."""
+        """Parse an answer to a request with ``tools``."""
         super().__init__(tools)
         self._name = self._key = self._value = ""
         self._is_text = False
@@ -50,7 +50,8 @@ class Tagged(ToolParser):
         """Number of closing tags found."""
 
     def finish(self, cut: bool = False) -> list[Any]:
-        """See :class:`ToolParser`. A call that the model ended early is completed; a truncated one is not."""
+        """Return the remaining parts of the answer. ``cut``: a limit ended the text, not the model. A call that the
+        model ended early is completed; a truncated one is not."""
         if not cut:
             while self._state(True):
                 pass

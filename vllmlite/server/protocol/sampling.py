@@ -21,7 +21,7 @@ def token_limit(given: int | None) -> int | None:
 
 
 class StreamOptions(Request):
-    """What a stream contains besides text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     """End with a chunk that has the usage."""

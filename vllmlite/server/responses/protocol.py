@@ -91,7 +91,7 @@ class ReasoningOptions(Request):
 
 
 class ResponsesStreamOptions(Request):
-    """What a stream contains besides text."""
+    """Options of a stream."""
 
     include_obfuscation: bool | None = None
     """OpenAI's padding against traffic analysis; accepted without effect."""

@@ -32,7 +32,7 @@ class AwqScheme(IntegerScheme):
         return self.group_size or 1
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         check_shape(shape, "AWQ", AWQ_ROWS, self.group_size or 1)
         rows, columns = shape
         groups = group_count(columns, self.group_size)
@@ -43,7 +43,7 @@ class AwqScheme(IntegerScheme):
         }
 
     def axes(self) -> dict[str, Axes]:
-        """See :class:`SlicedScheme`."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         grouped, group = (0, self.group_size) if self.group_size else (None, 1)
         return {
             "qweight": Axes(1, 0, per_row=Fraction(AWQ_ROWS)),
@@ -52,14 +52,15 @@ class AwqScheme(IntegerScheme):
         }
 
     def codes(self, weight: PackedWeight) -> StoredCodes:
-        """See :class:`IntegerScheme`."""
+        """Return the integer codes of the weight as they are stored."""
         return StoredCodes("awq", self.bits, weight.shape, weight.parts["qweight"])
 
     def zeros(self, weight: PackedWeight) -> Bytes:
-        """See :class:`IntegerScheme`."""
+        """Return the zeros ``[N, G]``; None if all are the middle code. ModelError for zeros that the scheme does not
+        have."""
         stored = weight.parts["qzeros"]
         return StoredCodes("awq", self.bits, (weight.shape[0], stored.shape[0]), stored).unpacked()
 
     def scales(self, weight: PackedWeight) -> HostTensor:
-        """See :class:`IntegerScheme`."""
+        """Return the scales ``[N, G]``."""
         return transposed(weight.parts["scales"])

@@ -40,7 +40,7 @@ class Bnb4Scheme(Scheme):
     name: str = "bitsandbytes"
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         size = math.prod(shape)
         blocks, *fewer = (-(-size // block) for block in BLOCKS)
         parts = {
@@ -65,7 +65,7 @@ class Bnb4Scheme(Scheme):
         return BLOCKS[0]
 
     def in_rows(self, weight: PackedWeight) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return the same values in a form whose rows can be sliced repeatedly at low cost."""
         parts, (rows, columns) = weight.parts, weight.shape
         state = _state(parts[STATE + self.kind])
         absmax, block = parts["weight.absmax"], state.get("blocksize")
@@ -92,17 +92,19 @@ class Bnb4Scheme(Scheme):
         return PackedWeight(scheme, weight.shape, stored)
 
     def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return the rows of the spans ``(first, last)``, ``last`` excluded, one span after another. Bounds are
+        multiples of :attr:`row_unit`, or the number of rows."""
         weight = self.in_rows(weight)
         return weight.scheme.take_rows(weight, spans)
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return columns ``first`` to ``last`` - 1. Bounds are multiples of :attr:`column_unit`, or the number of
+        columns."""
         weight = self.in_rows(weight)
         return weight.scheme.take_columns(weight, first, last)
 
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         weight = self.in_rows(weight)
         return weight.scheme.dequantize(weight)
 
@@ -134,7 +136,7 @@ class _TableScheme(SlicedScheme):
         return self.block
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         rows, columns = shape
         return {
             "codes": Part((rows, columns // 2), "uint8"),
@@ -143,7 +145,7 @@ class _TableScheme(SlicedScheme):
         }
 
     def axes(self) -> dict[str, Axes]:
-        """See :class:`SlicedScheme`."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         return {
             "codes": Axes(0, 1, per_column=Fraction(2)),
             "scales": Axes(0, 1, per_column=Fraction(self.block)),
@@ -151,7 +153,7 @@ class _TableScheme(SlicedScheme):
         }
 
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         scales, table = (float_values(weight.parts[suffix]) for suffix in ("scales", "table"))
         check_scales(scales)
         check_scales(table)
@@ -167,7 +169,7 @@ class Bnb8Scheme(SlicedScheme):
     name: str = "bitsandbytes"
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         return {
             "weight": Part(shape, "int8"),
             "SCB": Part((shape[0],), "float32"),
@@ -175,11 +177,11 @@ class Bnb8Scheme(SlicedScheme):
         }
 
     def axes(self) -> dict[str, Axes]:
-        """See :class:`SlicedScheme`."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         return {"weight": Axes(0, 1), "SCB": Axes(0), "weight_format": Axes()}
 
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         layout = weight.parts.get("weight_format")
         if layout is not None and layout.data.any():
             raise ModelError("weight_format must be 0 (plain rows)")

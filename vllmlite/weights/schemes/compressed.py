@@ -75,7 +75,7 @@ class PackedIntScheme(IntegerScheme):
         return int(np.lcm(per_word, self.group_size or 1)) if self.ordered else per_word
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         rows, columns = shape
         if self.group_size is not None:
             check_shape(shape, f"groups of {self.group_size}", columns=self.group_size)
@@ -93,7 +93,7 @@ class PackedIntScheme(IntegerScheme):
         return parts
 
     def axes(self) -> dict[str, Axes]:
-        """See :class:`SlicedScheme`."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         cut = self.ordered and self.group_size is not None
         grouped, group = (1, Fraction(self.group_size or 1)) if cut else (None, Fraction(1))
         per_word = Fraction(32, self.bits)
@@ -107,22 +107,23 @@ class PackedIntScheme(IntegerScheme):
         }
 
     def codes(self, weight: PackedWeight) -> StoredCodes:
-        """See :class:`IntegerScheme`."""
+        """Return the integer codes of the weight as they are stored."""
         return StoredCodes("rows", self.bits, weight.shape, weight.parts["weight_packed"])
 
     def zeros(self, weight: PackedWeight) -> Bytes | None:
-        """See :class:`IntegerScheme`."""
+        """Return the zeros ``[N, G]``; None if all are the middle code. ModelError for zeros that the scheme does not
+        have."""
         if self.symmetric:
             return None
         stored = weight.parts["weight_zero_point"]
         return StoredCodes("words", self.bits, (stored.shape[1], weight.shape[0]), stored).unpacked().T
 
     def scales(self, weight: PackedWeight) -> HostTensor:
-        """See :class:`IntegerScheme`."""
+        """Return the scales ``[N, G]``."""
         return scales_of(weight)
 
     def groups(self, weight: PackedWeight) -> NDArray[np.int64] | None:
-        """See :class:`IntegerScheme`."""
+        """Return the group of each column; None if groups are runs of equally many columns."""
         return group_indices(weight, self.group_size, scales_of(weight).shape[1], "weight_g_idx")
 
 
@@ -142,7 +143,7 @@ class IntScheme(IntegerScheme):
         return self.group_size or 1
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         scales = scale_part(shape, self.group_size, self.per_tensor)
         zeros = Part(scales.shape, "int8", ("int32", "int64"), scales.other_shapes, optional=self.symmetric)
         return {
@@ -150,7 +151,7 @@ class IntScheme(IntegerScheme):
         }  # fmt: skip
 
     def axes(self) -> dict[str, Axes]:
-        """See :class:`SlicedScheme`."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         grouped, group = (1, Fraction(self.group_size)) if self.group_size else (None, Fraction(1))
         scales = Axes() if self.per_tensor else Axes(0, grouped, per_column=group)
         return {
@@ -159,11 +160,12 @@ class IntScheme(IntegerScheme):
         }  # fmt: skip
 
     def codes(self, weight: PackedWeight) -> StoredCodes:
-        """See :class:`IntegerScheme`."""
+        """Return the integer codes of the weight as they are stored."""
         return StoredCodes("rows", self.bits, weight.shape, weight.parts["weight"], added=128)
 
     def zeros(self, weight: PackedWeight) -> Bytes | None:
-        """See :class:`IntegerScheme`."""
+        """Return the zeros ``[N, G]``; None if all are the middle code. ModelError for zeros that the scheme does not
+        have."""
         stored = weight.parts.get("weight_zero_point")
         if stored is None:
             return None
@@ -177,5 +179,5 @@ class IntScheme(IntegerScheme):
         return None if self.symmetric else np.broadcast_to(unsigned.reshape(-1, groups[1]), groups)
 
     def scales(self, weight: PackedWeight) -> HostTensor:
-        """See :class:`IntegerScheme`."""
+        """Return the scales ``[N, G]``."""
         return scales_of(weight)

@@ -39,7 +39,7 @@ class Float4Scheme(SlicedScheme):
         return self.block
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         check_shape(shape, self.name, columns=self.block)
         rows, columns = shape
         scale_dtypes = ("float8_e8m0", ("uint8",)) if self.name == "mxfp4" else ("float8_e4m3", ())
@@ -54,7 +54,7 @@ class Float4Scheme(SlicedScheme):
         return parts
 
     def axes(self) -> dict[str, Axes]:
-        """See :class:`SlicedScheme`."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         return {
             self.codes: Axes(0, 1, per_column=Fraction(2)),
             self.scale: Axes(0, 1, per_column=Fraction(self.block)),
@@ -62,7 +62,7 @@ class Float4Scheme(SlicedScheme):
         }
 
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         stored = weight.parts[self.scale]
         if stored.dtype == "uint8":
             stored = HostTensor("float8_e8m0", stored.shape, stored.data)

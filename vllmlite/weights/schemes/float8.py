@@ -79,7 +79,7 @@ class Float8Scheme(GroupableScheme):
 
     @property
     def input_dtype(self) -> str | None:
-        """See :class:`Scheme`."""
+        """The dtype to which products quantise activations; None: activations stay in the backend's dtype."""
         return None if self.inputs is None else "float8_e4m3"
 
     @property
@@ -93,7 +93,7 @@ class Float8Scheme(GroupableScheme):
         return self.block[1]
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         if self.granularity == "block":
             blocks = -(-shape[0] // self.block[0]), -(-shape[1] // self.block[1])
             scales = Part(blocks, "float32", (*SCALE_DTYPES, "bfloat16", "float8_e8m0"))
@@ -106,7 +106,7 @@ class Float8Scheme(GroupableScheme):
         return parts
 
     def axes(self) -> dict[str, Axes]:
-        """See :class:`SlicedScheme`."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         scales = {
             "tensor": Axes(),
             "channel": Axes(0),
@@ -115,7 +115,7 @@ class Float8Scheme(GroupableScheme):
         return {"weight": Axes(0, 1), self.scale: scales, **{suffix: Axes() for suffix in ACTIVATIONS}}
 
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         rows, columns = weight.shape
         scales = self._scales(weight)
         values = float_values(weight.parts["weight"])
@@ -149,13 +149,14 @@ class Float8Scheme(GroupableScheme):
 
     @property
     def grouped(self) -> GroupedScheme | None:
-        """See :class:`GroupableScheme`."""
+        """The scheme of :meth:`to_grouped`; None if the size of groups is no multiple of :data:`GROUP_UNIT`."""
         if self.granularity == "block" and self.block[1] % GROUP_UNIT:
             return None
         return GroupedScheme(8, self.block[1] if self.granularity == "block" else None, True, e4m3=True)
 
     def to_grouped(self, weight: PackedWeight, repack: Repack = StoredCodes.repacked) -> PackedWeight | None:
-        """See :class:`GroupableScheme`. None for e5m2, and for scales that are too large for its kernels."""
+        """Convert ``weight`` to the scheme :attr:`grouped`, without rounding. ModelError for scales that are not
+        finite. None for e5m2, and for scales that are too large for its kernels."""
         scheme, stored, rows = self.grouped, weight.parts["weight"], weight.shape[0]
         scales = self._scales(weight)
         if (

@@ -84,7 +84,7 @@ class BlockScheme(Scheme):
         return self.elements
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         row_bytes = shape[-1] // self.elements * self.block_bytes
         return {BLOCK_DATA: Part((math.prod(shape[:-1]), row_bytes), "uint8")}
 
@@ -95,19 +95,21 @@ class BlockScheme(Scheme):
         )
 
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         blocks = block_data(weight).reshape(-1, self.block_bytes)
         return _decoded(weight, blocks).reshape(weight.shape)
 
     def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return the rows of the spans ``(first, last)``, ``last`` excluded, one span after another. Bounds are
+        multiples of :attr:`row_unit`, or the number of rows."""
         rows = block_data(weight).reshape(weight.parts[BLOCK_DATA].shape)
         taken = [rows[first:last] for first, last in spans]
         chosen = taken[0] if len(taken) == 1 else np.concatenate(taken)
         return self.pack((len(chosen), weight.shape[-1]), chosen.reshape(-1))
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return columns ``first`` to ``last`` - 1. Bounds are multiples of :attr:`column_unit`, or the number of
+        columns."""
         rows = block_data(weight).reshape(weight.parts[BLOCK_DATA].shape)
         begin, end = (column // self.elements * self.block_bytes for column in (first, last))
         return self.pack(

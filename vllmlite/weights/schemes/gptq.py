@@ -52,7 +52,7 @@ class GptqScheme(IntegerScheme):
         return int(np.lcm(self.row_unit, self.group_size or 1)) if self.ordered else self.row_unit
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         check_shape(shape, f"GPTQ with {self.bits} bits", self.row_unit, self.row_unit)
         rows, columns = shape
         groups = group_count(columns, self.group_size)
@@ -64,7 +64,7 @@ class GptqScheme(IntegerScheme):
         }
 
     def axes(self) -> dict[str, Axes]:
-        """See :class:`SlicedScheme`."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         cut = self.ordered and self.group_size is not None
         grouped, group = (0, Fraction(self.group_size or 1)) if cut else (None, Fraction(1))
         per_word = Fraction(WORD_BITS, self.bits)
@@ -76,7 +76,8 @@ class GptqScheme(IntegerScheme):
         }
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return columns ``first`` to ``last`` - 1. Bounds are multiples of :attr:`column_unit`, or the number of
+        columns."""
         if self.ordered:  # what is left of g_idx would number the groups of the whole weight
             if self.groups(weight) is not None:
                 raise ModelError("g_idx is in no order; accepted: runs of columns, as desc_act=false means")
@@ -85,19 +86,20 @@ class GptqScheme(IntegerScheme):
         return SlicedScheme.take_columns(self, weight, first, last)
 
     def codes(self, weight: PackedWeight) -> StoredCodes:
-        """See :class:`IntegerScheme`."""
+        """Return the integer codes of the weight as they are stored."""
         return StoredCodes("words", self.bits, weight.shape, weight.parts["qweight"])
 
     def scales(self, weight: PackedWeight) -> HostTensor:
-        """See :class:`IntegerScheme`."""
+        """Return the scales ``[N, G]``."""
         return transposed(weight.parts["scales"])
 
     def groups(self, weight: PackedWeight) -> NDArray[np.int64] | None:
-        """See :class:`IntegerScheme`."""
+        """Return the group of each column; None if groups are runs of equally many columns."""
         return group_indices(weight, self.group_size, weight.parts["scales"].shape[0], "g_idx")
 
     def zeros(self, weight: PackedWeight) -> Bytes | None:
-        """See :class:`IntegerScheme`."""
+        """Return the zeros ``[N, G]``; None if all are the middle code. ModelError for zeros that the scheme does not
+        have."""
         qzeros = weight.parts["qzeros"]
         stored = StoredCodes("rows", self.bits, (qzeros.shape[0], weight.shape[0]), qzeros).unpacked().T
         if not self.symmetric:

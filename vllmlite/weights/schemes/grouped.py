@@ -64,7 +64,7 @@ class GroupedScheme(SlicedScheme):
 
     @property
     def input_dtype(self) -> str | None:
-        """See :class:`Scheme`."""
+        """The dtype to which products quantise activations; None: activations stay in the backend's dtype."""
         return "int8" if self.int8_input else None
 
     @property
@@ -73,7 +73,7 @@ class GroupedScheme(SlicedScheme):
         return int(np.lcm(8 // self.bits, self.group_size or 1))
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         rows, columns = shape
         groups = rows, group_count(columns, self.group_size)
         parts = {
@@ -84,19 +84,20 @@ class GroupedScheme(SlicedScheme):
         return parts if self.symmetric else parts | {ZEROS: Part(groups, "uint8")}
 
     def axes(self) -> dict[str, Axes]:
-        """See :class:`SlicedScheme`."""
+        """Return how each part is sliced with its weight, by the part's suffix."""
         groups = Axes(0) if self.group_size is None else Axes(0, 1, per_column=Fraction(self.group_size))
         codes = Axes(0, 1, per_column=Fraction(8, self.bits))
         return {QWEIGHT: codes, SCALES: groups, ZEROS: groups, ORDER: Axes()}
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
-        """See :class:`Scheme`. ModelError for a weight with an order: its packed columns are others."""
+        """Return columns ``first`` to ``last`` - 1. Bounds are multiples of :attr:`column_unit`, or the number of
+        columns. ModelError for a weight with an order: its packed columns are others."""
         if ORDER in weight.parts:
             raise ModelError("columns cannot be taken from a weight whose columns are permuted")
         return SlicedScheme.take_columns(self, weight, first, last)
 
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         rows, columns = weight.shape
         scales, zeros, qweight = weight.parts[SCALES], weight.parts.get(ZEROS), weight.parts[QWEIGHT]
         codes = unpack_rows(qweight.data.reshape(rows, -1), self.bits, columns)
@@ -158,7 +159,7 @@ class IntegerScheme(GroupableScheme):
         return group_indices(weight, self.group_size, group_count(weight.shape[1], self.group_size))
 
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         zeros = self.zeros(weight)
         return scaled(
             self.codes(weight).unpacked(),
@@ -169,14 +170,14 @@ class IntegerScheme(GroupableScheme):
 
     @property
     def grouped(self) -> GroupedScheme | None:
-        """See :class:`GroupableScheme`."""
+        """The scheme of :meth:`to_grouped`; None if the size of groups is no multiple of :data:`GROUP_UNIT`."""
         if self.group_size is not None and self.group_size % GROUP_UNIT:
             return None
         return GroupedScheme(8 if self.bits == 8 else 4, self.group_size, self.symmetric)
 
     def to_grouped(self, weight: PackedWeight, repack: Repack = StoredCodes.repacked) -> PackedWeight | None:
-        """See :class:`GroupableScheme`. None if the groups differ in their number of columns, as in a slice of a weight
-        with ``desc_act``."""
+        """Convert ``weight`` to the scheme :attr:`grouped`, without rounding. ModelError for scales that are not
+        finite. None if the groups differ in their number of columns, as in a slice of a weight with ``desc_act``."""
         scheme, columns = self.grouped, weight.shape[1]
         if scheme is None:
             return None

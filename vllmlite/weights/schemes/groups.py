@@ -1,4 +1,5 @@
-"""What the schemes of integers in groups share: a scale, and perhaps a zero, for each group of a row's elements."""
+"""Base of the schemes that store integers in groups: each group of a row's elements has a scale, and may have a
+zero."""
 
 from __future__ import annotations
 
@@ -84,7 +85,8 @@ class SlicedScheme(Scheme):
         raise NotImplementedError
 
     def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return the rows of the spans ``(first, last)``, ``last`` excluded, one span after another. Bounds are
+        multiples of :attr:`row_unit`, or the number of rows."""
         axes, parts = self.axes(), {}
         for suffix, part in weight.parts.items():
             axis, per = axes[suffix].rows, axes[suffix].per_row
@@ -93,7 +95,8 @@ class SlicedScheme(Scheme):
         return PackedWeight(self, (sum(last - first for first, last in spans), weight.shape[1]), parts)
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return columns ``first`` to ``last`` - 1. Bounds are multiples of :attr:`column_unit`, or the number of
+        columns."""
         axes = self.axes()
         parts = {
             suffix: _cut(part, axes[suffix].columns, first, last, axes[suffix].per_column)

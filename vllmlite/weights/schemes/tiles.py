@@ -71,7 +71,7 @@ class TileScheme(Scheme):
 
     @property
     def input_dtype(self) -> str:
-        """See :class:`Scheme`."""
+        """The dtype to which products quantise activations; None: activations stay in the backend's dtype."""
         return "int8"
 
     @property
@@ -80,7 +80,7 @@ class TileScheme(Scheme):
         return GROUP // self.elements_per_scale
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         tiles, groups = -(-shape[0] // TILE_ROWS), -(-shape[1] // GROUP)
         units = -(-groups // UNIT_GROUPS) if self.sub_scales else groups
         scales = (tiles, units, 2, TILE_ROWS) if self.offsets else (tiles, units, TILE_ROWS)
@@ -93,7 +93,7 @@ class TileScheme(Scheme):
         return parts
 
     def dequantize(self, weight: PackedWeight) -> Floats:
-        """See :class:`Scheme`."""
+        """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         codes, scales, offsets = unpack(weight)
         whole: Floats = np.multiply(codes, scales[..., None], dtype=np.float32).reshape(len(codes), -1)
         if offsets is not None:
@@ -101,7 +101,8 @@ class TileScheme(Scheme):
         return whole[:, : weight.shape[1]]
 
     def take_rows(self, weight: PackedWeight, spans: Sequence[tuple[int, int]]) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return the rows of the spans ``(first, last)``, ``last`` excluded, one span after another. Bounds are
+        multiples of :attr:`row_unit`, or the number of rows."""
         spans = list(spans)
         if len(spans) > 1 and any(last % TILE_ROWS for _, last in spans[:-1]):
             raise ValueError("only the last span may end inside a tile")
@@ -115,7 +116,8 @@ class TileScheme(Scheme):
         return self.assembled((rows, weight.shape[1]), parts)
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
-        """See :class:`Scheme`."""
+        """Return columns ``first`` to ``last`` - 1. Bounds are multiples of :attr:`column_unit`, or the number of
+        columns."""
         groups = first // GROUP, -(-last // GROUP)
         units = first // (GROUP * UNIT_GROUPS), -(-last // (GROUP * UNIT_GROUPS))
         parts = {

@@ -58,7 +58,7 @@ class W8A8Scheme(IntScheme):
 
     @property
     def input_dtype(self) -> str:
-        """See :class:`Scheme`."""
+        """The dtype to which products quantise activations; None: activations stay in the backend's dtype."""
         return "int8"
 
     @property
@@ -67,7 +67,7 @@ class W8A8Scheme(IntScheme):
         return (1 << 31) >> (14 + (not self.symmetric) + (not self.symmetric_input))
 
     def parts(self, shape: Shape) -> dict[str, Part]:
-        """See :class:`Scheme`."""
+        """Return the tensors stored for a weight of ``shape``, by the suffix that replaces ``weight`` in its name."""
         parts = IntScheme.parts(self, shape)
         parts["input_scale"] = Part((1,), "bfloat16", SCALE_DTYPES, ((), (1, 1)), optional=not self.static)
         parts["input_zero_point"] = Part((1,), "int8", ("int32", "int64"), ((), (1, 1)), optional=True)
