@@ -1,4 +1,4 @@
-"""AsyncLLM: an engine in a thread or process of its own, used by any number of tasks of one event loop."""
+"""AsyncLLM: an engine in its own thread or process, used by any number of tasks of one event loop."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 DRAIN_POLL_SECONDS = 0.05
 """Interval at which an engine that is to sleep looks whether its requests have finished."""
 MAX_FAILED_STEPS = 3
-"""The engine is given up after this many failed steps in a row: a device rarely recovers from an error."""
+"""Number of consecutive failed steps after which the engine is shut down, since a device rarely recovers from an
+error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class OutputStream:
     since, merged into one output per request."""
 
     def __init__(self, engine: AsyncLLM, requests: Sequence[NewRequest]) -> None:
-        """Start without outputs of ``requests``, which :meth:`AsyncLLM.submit` is about to add to ``engine``."""
+        """Create a stream for ``requests``, which :meth:`AsyncLLM.submit` is about to add to ``engine``."""
         self._engine = engine
         self._unfinished = {request.request_id for request in requests}
         self._deltas = {
@@ -89,7 +90,7 @@ class OutputStream:
             self._unfinished.clear()
 
     def put(self, item: RequestOutput | BaseException) -> None:
-        """Add an output, or an error, which ends the stream."""
+        """Add an output, or an error, after which the stream ends."""
         if isinstance(item, RequestOutput):
             earlier = self._items.get(item.request_id)
             if earlier is not None and item.request_id in self._deltas:
@@ -128,7 +129,7 @@ class AsyncLLM:
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig, **_absent: object) -> AsyncLLM:
-        """Make an AsyncLLM from a configuration, as in vLLM; ``usage_context`` and other arguments have no effect."""
+        """Create an AsyncLLM from a configuration, as in vLLM; ``usage_context`` and other arguments have no effect."""
         return cls(engine_args)
 
     @property
@@ -138,7 +139,7 @@ class AsyncLLM:
 
     @property
     def dead_error(self) -> EngineDeadError | None:
-        """Why the engine died; None if it has not, or was shut down."""
+        """The reason why the engine died; None if it has not died, or was shut down."""
         return self._death
 
     @property
@@ -221,7 +222,7 @@ class AsyncLLM:
         lora_request: LoRARequest | None = None,
         **absent: object,
     ) -> AsyncIterator[BeamSearchOutput]:
-        """Generate the one output of a beam search. Raises errors as :meth:`generate` does."""
+        """Generate the one output of a beam search. Raises the same errors as :meth:`generate`."""
         refuse(absent)
         async for output in self.generate(
             prompt, sampling_params(params), request_id, lora_request=lora_request
@@ -369,7 +370,7 @@ class AsyncLLM:
         self._forget(request_ids)
 
     def _forget(self, request_ids: Iterable[str]) -> None:
-        """Drop requests whose outputs nobody reads any more, and abort them unless the engine has ended."""
+        """Drop requests whose outputs are no longer read, and abort them unless the engine has ended."""
         for request_id in request_ids:
             if self._streams.pop(request_id, None) is not None and self._end is None:
                 self._engine.abort_request(request_id)

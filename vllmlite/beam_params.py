@@ -14,7 +14,7 @@ MAX_WIDTH = 128
 
 @dataclass(frozen=True, slots=True)
 class BeamOptions:
-    """How beam search chooses. Raises :class:`ParameterError` for invalid values."""
+    """Options of beam search. Raises :class:`ParameterError` for invalid values."""
 
     width: int
     """Number of beams (1 to 128)."""
@@ -46,7 +46,7 @@ class BeamSearchParams:
     beam_width: int
     """Number of beams, and of sequences that are returned."""
     max_tokens: int
-    """Most tokens to generate."""
+    """Maximum number of tokens to generate."""
     ignore_eos: bool = False
     """Continue past the model's end-of-text tokens."""
     temperature: float = 0.0

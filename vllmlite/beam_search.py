@@ -1,4 +1,4 @@
-"""Beam search under vLLM's names: what :meth:`LLM.beam_search` takes and returns."""
+"""Beam search under vLLM's names: the outputs of :meth:`LLM.beam_search`, and the conversion of its parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class BeamSearchSequence:
     """A sequence that beam search found."""
 
     tokens: list[int]
-    """The prompt, then the generated ids; the one that ended it only with ``include_stop_str_in_output``."""
+    """The ids of the prompt and the generated ids, including the one that ended the sequence only with
+    ``include_stop_str_in_output``."""
     cum_logprob: float
     """Sum of the log-probabilities of the generated ids."""
     text: str | None
@@ -37,7 +38,8 @@ class BeamSearchOutput:
 
 
 def sampling_params(params: BeamSearchParams) -> SamplingParams:
-    """Return the engine's form of ``params``. Raises :class:`ParameterError` for invalid values."""
+    """Return the :class:`SamplingParams` that run the search of ``params``. Raises :class:`ParameterError` for invalid
+    values."""
     if not isinstance(params, BeamSearchParams):
         raise ParameterError("params", params, "must be BeamSearchParams")
     options = BeamOptions(params.beam_width, params.length_penalty, params.early_stopping)
@@ -56,7 +58,7 @@ def sampling_params(params: BeamSearchParams) -> SamplingParams:
 def beam_search_output(
     output: RequestOutput, params: BeamSearchParams, tokenizer: Tokenizer | None
 ) -> BeamSearchOutput:
-    """Return vLLM's form of a request's output."""
+    """Return the output of a request in the form of vLLM's ``beam_search``."""
     found = BeamSearchOutput()
     for completion in output.outputs:
         ids: Sequence[int] = completion.token_ids

@@ -1,4 +1,4 @@
-"""The errors that vllmlite raises on purpose. Messages name what is wrong, the value, and what is accepted."""
+"""The errors that vllmlite raises deliberately. Messages name what is wrong, the value, and what is accepted."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 
 class VllmliteError(Exception):
-    """Base of all errors that the caller or the machine can mend; any other exception is a bug."""
+    """Base of all errors that the user can resolve, or that come from the machine; any other exception is a bug."""
 
 
 class ParameterError(VllmliteError, ValueError):
     """A parameter has a value outside its accepted range; the request or engine was not started."""
 
     def __init__(self, field: str, value: object, accepted: str) -> None:
-        """``field`` names the parameter; ``accepted`` says what is wrong and what is accepted; ``value`` is
-        shortened."""
+        """``field`` is the parameter's name and ``value`` its value, which the message shortens; ``accepted`` says what
+        is wrong with it and what is accepted."""
         shown = repr(value)
         if len(shown) > 80:
             shown = shown[:77] + "..."
@@ -24,7 +24,7 @@ class ParameterError(VllmliteError, ValueError):
         self.accepted = accepted
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Make the error picklable: it crosses from the engine's process to its client."""
+        """Make the error picklable, because it is sent from the engine's process to its client."""
         return type(self), (self.field, self.value, self.accepted)
 
     def renamed(self, field: str) -> ParameterError:
@@ -33,12 +33,13 @@ class ParameterError(VllmliteError, ValueError):
 
 
 class ContextLengthError(ParameterError):
-    """A prompt is longer than the model's context. Clients look for this error to shorten their conversation."""
+    """A prompt is longer than the model's context. Clients recognise this error and then shorten their conversation."""
 
     def __init__(
         self, field: str, num_tokens: int, max_prompt_tokens: int, max_model_len: int, exact: bool = True
     ) -> None:
-        """``num_tokens`` is the prompt's length, a lower bound unless ``exact``; ``max_prompt_tokens`` would fit."""
+        """``num_tokens`` is the length of the prompt, or a lower bound unless ``exact``; a prompt of
+        ``max_prompt_tokens`` would fit into ``max_model_len``."""
         least = "" if exact else "at least "
         super().__init__(
             field,

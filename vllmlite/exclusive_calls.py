@@ -29,7 +29,7 @@ class Turns:
     """The lock of one object, held by one thread at a time; rejects re-entry and use after a fork."""
 
     def __init__(self, owner: str) -> None:
-        """``owner`` names the object in error messages."""
+        """Create a free lock. ``owner`` names the object in error messages."""
         self.lock = threading.RLock()
         self._owner = owner
         self.num_forks = _num_forks

@@ -32,7 +32,7 @@ REASONS = {
     "prompt_embeds": "only text and token ids are supported: leave it out or None",
     "truncate_prompt_tokens": "is a field of SamplingParams and PoolingParams",
 }
-"""Why vLLM's arguments are refused."""
+"""Argument of vLLM that is not supported → the reason."""
 
 
 def refuse(arguments: Mapping[str, Any]) -> None:

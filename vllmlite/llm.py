@@ -34,7 +34,7 @@ class LLM:
         self.turns = Turns("LLM")
         self._ids = count()
         self._unfinished: set[str] = set()
-        """Ids of requests of the running call, or of an interrupted call that could not abort them."""
+        """Ids of the requests of the running call, or of an interrupted call that could not abort them."""
 
     def get_tokenizer(self) -> Tokenizer:
         """Return the model's tokenizer."""
@@ -80,9 +80,8 @@ class LLM:
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         **absent: object,
     ) -> list[EmbeddingRequestOutput]:
-        """Return an embedding of each prompt: its pooled hidden states after the last norm; see :class:`PoolingParams`.
-
-        Takes prompts and raises errors as :meth:`generate` does."""
+        """Return an embedding of each prompt: its pooled hidden states after the last norm, computed as
+        ``pooling_params`` say. Prompts and errors are those of :meth:`generate`."""
         refuse(absent)
         batch = as_batch(prompts)
         if pooling_params is None:

@@ -60,13 +60,13 @@ class LLMEngine:
         self.default_sampling_params = started.default_sampling_params
         self.backend_choice = started.backend_choice
         self.observer: Callable[[list[EngineOutput]], None] | None = None
-        """Called with the outputs of each step, for metrics; may be None."""
+        """Function that is called with the outputs of each step, for metrics; None: there is none."""
         self.turns = Turns("LLMEngine")
         self._processor = OutputProcessor(self.tokenizer)
         self._step_outputs: list[EngineOutput] = []
         """The engine's outputs of the last step, until they are settled."""
         self._processed: tuple[int, ProcessedStep] | None = None
-        """The thread that called :meth:`step`, and the processed outputs, until they are settled."""
+        """The thread that called :meth:`step`, and its processed outputs, until they are settled."""
         self._undelivered: dict[int, list[RequestOutput]] = {}
         """Outputs that the last :meth:`step` of each thread still has to return, by thread id."""
         self._adding: str | None = None
@@ -74,7 +74,7 @@ class LLMEngine:
         self._unwanted: set[str] = set()
         """Ids of requests to abort."""
         self._loras: dict[int, LoRARequest] = {}
-        """Adapters that have been added or named by requests, by their numbers; the last one of each number."""
+        """Number of each adapter that has been added or named by a request → the last adapter with this number."""
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig, **_absent: object) -> LLMEngine:
@@ -358,7 +358,7 @@ class LLMEngine:
             self._unwanted.discard(request_id)
 
     def take_error(self, request_id: str) -> str | None:
-        """Return, once, why a request ended with finish reason ``error``; None if it did not."""
+        """Return the reason why a request ended with the finish reason ``error``, only once; None if it did not."""
         return self._processor.errors.pop(request_id, None)
 
     @takes_turn

@@ -1,4 +1,6 @@
-"""Turns the engine's outputs into the users': text, stop strings, log-probabilities, ``n`` completions a request."""
+"""Turn the engine's outputs into the users' outputs: text, stop strings, log-probabilities, and several completions for
+a request.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,9 @@ class _Completion:
     output: CompletionOutput
     detokenizer: Detokenizer | None
     first_id: int = 0
-    """Number of ids before the newest engine output, at which the next delta starts."""
+    """Number of ids before the newest engine output, where the next delta starts."""
     first_character: int = 0
-    """Number of characters that were released before it."""
+    """Number of characters that were released before the newest engine output."""
     begun: EngineOutput | None = None
     """The newest engine output, set when :meth:`OutputProcessor._add_output` starts to add it."""
     added: EngineOutput | None = None
@@ -38,7 +40,7 @@ class _Completion:
 
 @dataclass(slots=True, eq=False)
 class _Group:
-    """A user's request: its prompt, parameters and completions."""
+    """A user's request, with its prompt, parameters and completions."""
 
     request_id: str
     prompt: str | None
@@ -51,9 +53,9 @@ class _Group:
     metrics: RequestMetrics | None = None
     error: str | None = None
     is_delta: bool = False
-    """Whether outputs have only what is new since the output before."""
+    """Whether each output contains only what is new since the previous one."""
     is_final_only: bool = False
-    """Whether only the last output is wanted."""
+    """Whether the user wants only the last output."""
 
     def __post_init__(self) -> None:
         """Derive the flags, which are read for every token."""
@@ -70,7 +72,7 @@ class _Group:
 
 @dataclass(frozen=True, slots=True)
 class _Pooling:
-    """An embedding request."""
+    """An unfinished embedding request."""
 
     prompt: str | None
     prompt_token_ids: list[int]
@@ -97,9 +99,9 @@ class OutputProcessor:
     Either may be called again with the same argument if it was interrupted."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
-        """Without a ``tokenizer``, outputs have ids and no text."""
+        """Start without requests. Without a ``tokenizer``, outputs have ids and no text."""
         self.errors: dict[str, str] = {}
-        """Request id → why it ended with ``error``. The caller removes what it has reported."""
+        """Id of a request that ended with ``error`` → the reason. The caller removes entries that it has reported."""
         self._tokenizer = tokenizer
         self._groups: dict[str, _Group] = {}
         self._completions: dict[str, _Completion] = {}
@@ -209,7 +211,8 @@ class OutputProcessor:
                 self.errors[group.request_id] = group.error
 
     def _report(self, group: _Group, completions: Sequence[_Completion], step: ProcessedStep) -> None:
-        """Add the output of a request to ``step``, if the user wants one, after its ``completions`` got something."""
+        """Add the output of a request, whose ``completions`` have changed, to ``step``, unless the user does not want
+        it yet."""
         finished = group.has_finished()
         if finished:
             step.finished.append(group)
@@ -277,7 +280,8 @@ class OutputProcessor:
             group.prompt_logprobs = [None, *(self._logprobs(entry, k) for entry in output.prompt_logprobs)]
 
     def _embedding(self, pooling: _Pooling, output: EngineOutput) -> RequestOutput:
-        """Return the vector, cut and scaled; none where a step failed."""
+        """Return the output of an embedding request, whose vector is shortened and scaled; it has no vector if a step
+        failed."""
         vector: list[float] | None = None
         if output.pooled is None:
             self.errors[output.request_id] = output.error or "no vector came of it"
@@ -309,7 +313,7 @@ class OutputProcessor:
         )
 
     def _undo(self, completion: _Completion) -> None:
-        """Undo what an interrupted :meth:`_add_output` did."""
+        """Undo an interrupted :meth:`_add_output`."""
         state, kept = completion.output, completion.first_id
         del state.token_ids[kept:]
         if state.logprobs is not None and state.text_offsets is not None:
@@ -335,7 +339,8 @@ class OutputProcessor:
         )
 
     def _add_output(self, completion: _Completion, output: EngineOutput) -> None:
-        """Add an engine output to its sequence. First undoes what an interrupted call has added of the same output."""
+        """Add an engine output to its sequence. If an interrupted call has added a part of the same output, that is
+        undone first."""
         if completion.begun is output:
             self._undo(completion)
         group, state, detokenizer = completion.group, completion.output, completion.detokenizer
@@ -377,8 +382,8 @@ class OutputProcessor:
         completion.added = output
 
     def _logprobs(self, entry: TokenLogprobs, k: int) -> dict[int, Logprob]:
-        """Return the chosen token first, then the ``k`` most likely (all, for -1), then those that the request
-        names."""
+        """Return the log-probabilities of a token by id: the chosen token first, then the ``k`` most likely ones (all,
+        for -1), then those that the request names."""
         count = len(entry.top_ids) if k == -1 else k
         found = {entry.token_id: Logprob(entry.logprob, entry.rank, self._token_text(entry.token_id))}
         for rank, (token_id, logprob) in enumerate(
@@ -408,7 +413,7 @@ def _children(request_id: str, params: SamplingParams) -> dict[str, SamplingPara
 
 
 def _whole(completion: _Completion) -> CompletionOutput:
-    """Return all of a completion."""
+    """Return all text and tokens of a completion so far."""
     state, detokenizer = completion.output, completion.detokenizer
     return CompletionOutput(
         state.index,

@@ -75,7 +75,7 @@ class RequestMetrics:
 
     @property
     def time_to_first_token(self) -> float | None:
-        """TTFT: seconds from arrival to the first token; None before it."""
+        """Seconds from arrival to the first token (TTFT); None before it."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
 
@@ -176,7 +176,7 @@ class EngineStats:
     tier_blocks_written: int = 0
     """Blocks written to disk."""
     tier_blocks_failed: int = 0
-    """Blocks that the disk could not read or write, or that were not as they had been written."""
+    """Blocks that could not be read from or written to disk, or that were damaged there."""
     num_drafts: int = 0
     """Verifications: rows of a step that had draft tokens."""
     num_draft_tokens: int = 0
@@ -186,11 +186,11 @@ class EngineStats:
     num_accepted_tokens_per_pos: tuple[int, ...] = ()
     """Draft tokens that were accepted, by their position in the draft."""
     draft_seconds: float = 0.0
-    """Time of verifications, by the measured time of steps, of which each row takes its part."""
+    """Seconds spent on verifications, computed from the measured times of steps, which are divided among their rows."""
     plain_seconds: float = 0.0
-    """Time that the tokens of these verifications would have taken one by one."""
+    """Seconds that the tokens of these verifications would have taken without drafts."""
     max_adapters: int = 0
-    """LoRA adapters that can be on the device at a time."""
+    """Maximum number of LoRA adapters on the device at a time."""
     running_adapters: tuple[str, ...] = ()
     """Names of the adapters of running requests."""
     waiting_adapters: tuple[str, ...] = ()
@@ -200,7 +200,7 @@ class EngineStats:
     dtype: str = ""
 
     def drafts_since(self, before: EngineStats) -> DraftStats | None:
-        """Return how draft tokens have fared since ``before``; None if there were none."""
+        """Return the statistics of draft tokens since ``before``; None if there were none."""
         verifications = self.num_drafts - before.num_drafts
         if not verifications:
             return None
@@ -217,12 +217,13 @@ class EngineStats:
 
 @dataclass(frozen=True, slots=True)
 class DraftStats:
-    """How draft tokens have fared over a time."""
+    """Statistics of draft tokens over a period."""
 
     verifications: int
     drafted: int
     accepted: int
     mean_length: float
-    """Tokens of a verification, the sampled one included."""
+    """Mean number of tokens that a verification yields, including the sampled one."""
     speedup: float
-    """How many times as fast the tokens of verifications came as without drafts, by the measured time of steps."""
+    """Ratio of the time that the tokens of verifications would have taken without drafts to the time that they took, by
+    the measured times of steps."""

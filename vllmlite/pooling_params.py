@@ -8,12 +8,12 @@ from vllmlite.errors import ParameterError
 from vllmlite.tokenizers.truncation import check_truncation
 
 POOLING_TYPES = ("LAST", "MEAN")
-"""How a prompt's hidden states become one vector: the last token's state, or the mean of all."""
+"""Ways to turn a prompt's hidden states into one vector: the last token's state, or the mean of all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolingParams:
-    """How to compute a prompt's embedding. Raises :class:`ParameterError` for invalid values."""
+    """Parameters of an embedding. Raises :class:`ParameterError` for invalid values."""
 
     pooling_type: str | None = None
     """One of :data:`POOLING_TYPES`; None: the engine's ``pooling_type``."""

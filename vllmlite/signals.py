@@ -1,4 +1,4 @@
-"""Detection of exceptions that signal handlers raise inside other code."""
+"""Detect exceptions that signal handlers raise inside other code."""
 
 from __future__ import annotations
 

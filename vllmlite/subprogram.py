@@ -1,4 +1,4 @@
-"""Starting another Python process that runs code of this package."""
+"""Start another Python process that runs code of this package."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 
 def start_python(program: str, descriptors: Sequence[int], *args: object) -> subprocess.Popen[bytes]:
-    """Start a process that runs the Python code ``program`` with the modules that this process finds.
-
-    It inherits ``descriptors``, whose numbers are its first arguments, before ``args``."""
+    """Start a process that runs the Python code ``program``, with the same module search path as this process. It
+    inherits ``descriptors``, whose numbers are its first arguments, before ``args``."""
     paths = [path or os.getcwd() for path in sys.path]
     return subprocess.Popen(
         [sys.executable, "-P", "-c", program, *map(str, (*descriptors, *args))],
@@ -23,5 +22,5 @@ def start_python(program: str, descriptors: Sequence[int], *args: object) -> sub
 
 
 def ending(status: int) -> str:
-    """Describe how a process ended, by its exit status in the form of :class:`subprocess.Popen`."""
+    """Return a description of how a process ended, from its exit status in the form of :class:`subprocess.Popen`."""
     return f"was killed by signal {-status}" if status < 0 else f"ended with status {status}"

@@ -34,7 +34,8 @@ class Arguments(dict[str, Any]):
     """Arguments of a tool call: a mapping that turns into JSON where a template uses it as text."""
 
     def __init__(self, value: dict[str, Any], text: str | None) -> None:
-        """``text`` is the JSON as the client wrote it; None serialises ``value``."""
+        """Wrap the mapping ``value``. ``text`` is its JSON as the client wrote it; None: ``value`` is serialised when
+        needed."""
         super().__init__(value)
         self._text = json.dumps(value, ensure_ascii=False) if text is None else text
 

@@ -1,4 +1,4 @@
-"""Sending a load of streamed requests to an OpenAI-compatible server, and timing each piece of the answers."""
+"""Send a load of streamed requests to an OpenAI-compatible server, and time each piece of the answers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server to measure, and how to reach it."""
+    """The server to measure, with the URL and key to reach it."""
 
     base_url: str
     uds: str | None

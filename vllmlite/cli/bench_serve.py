@@ -31,7 +31,7 @@ error; the last line of standard output is a JSON object.
   vllmlite bench serve --goodput ttft:300 tpot:50     requests within latency limits"""
 
 GOODPUT = {"ttft": "ttft", "tpot": "tpot", "e2el": "latency"}
-"""Latency limits of ``--goodput``: vLLM's names, and the attributes of :class:`Timing`."""
+"""Latencies that ``--goodput`` can limit: vLLM's name of each, and the attribute of :class:`Timing`."""
 
 
 def add_arguments(parser: OptionParser) -> None:

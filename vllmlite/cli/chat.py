@@ -165,7 +165,8 @@ class Engine:
     def __init__(
         self, started: session.Session, params: SamplingParams, template: str | None, style: ThinkStyle | None
     ) -> None:
-        """``template`` replaces the model's chat template; ``style`` says how its reasoning is marked."""
+        """Answer with the engine of ``started``. ``template`` replaces the model's chat template; ``style`` has the
+        markers of its reasoning."""
         self.tally = report.Run(started)
         self._engine = started.engine
         self._params = params
@@ -174,7 +175,8 @@ class Engine:
         self._num_turns = 0
 
     def answer(self, messages: list[dict[str, str]]) -> Generator[Part, None, None]:
-        """Implement :meth:`Answerer.answer`."""
+        """Yield the parts of the answer to ``messages``; closing the generator stops it. Raises VllmliteError, and
+        KeyboardInterrupt if Ctrl-C stopped the answer."""
         prompt = session.chat_prompt(self._engine, messages, self._template)
         request_id = str(self._num_turns)
         self._num_turns += 1

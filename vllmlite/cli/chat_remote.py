@@ -20,7 +20,8 @@ class Server:
     """A model on a server."""
 
     def __init__(self, url: str, model: str | None, api_key: str | None, options: dict[str, Any]) -> None:
-        """``model`` None selects the server's first; ``options`` are added to each request. Raises VllmliteError."""
+        """Use the server at ``url``. ``model`` None selects its first model; ``options`` are added to each request.
+        Raises VllmliteError."""
         self._url = url.rstrip("/").removesuffix("/v1")
         key = api_key or os.environ.get("OPENAI_API_KEY")
         headers = {"authorization": f"Bearer {key}"} if key else {}

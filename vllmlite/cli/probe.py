@@ -79,7 +79,7 @@ def load_model(path: str) -> list[str]:
 
 
 def probe_backends() -> list[dict[str, Any]]:
-    """Probe the backends in this process; see :func:`probe`."""
+    """Probe the backends in this process; return one dict per candidate, as :func:`probe` does."""
     from vllmlite.backends.select import CANDIDATES, BackendRequest
     from vllmlite.errors import BackendError
 

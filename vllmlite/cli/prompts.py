@@ -1,4 +1,4 @@
-"""Reading prompts from the command line, standard input or a file, and checking them before a model is loaded."""
+"""Read prompts from the command line, standard input or a file, and check them before a model is loaded."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 BAR = 30
-"""Characters of a full progress bar."""
+"""Number of characters of a full progress bar."""
 
 
 class Run:
@@ -85,7 +85,7 @@ class Run:
 
 
 def speculation(stats: EngineStats, before: EngineStats) -> dict[str, Any] | None:
-    """Return how draft tokens have fared since ``before``; None if there were none."""
+    """Return the statistics of the draft tokens since ``before``; None if there were none."""
     drafts = stats.drafts_since(before)
     if drafts is None:
         return None
@@ -102,7 +102,8 @@ class Progress:
     """A progress bar on standard error, if that is a terminal."""
 
     def __init__(self, total: int, beside_output: bool = True) -> None:
-        """``beside_output``: hide the bar if standard output is a terminal too, because output is printed meanwhile."""
+        """Show a bar of ``total`` steps. ``beside_output``: hide it if standard output is a terminal too, because
+        output is printed meanwhile."""
         self._total = total
         self._done = 0
         output_is_seen = beside_output and is_terminal(sys.stdout)

@@ -1,4 +1,4 @@
-"""Printing a model's text safely on a terminal."""
+"""Print a model's text safely on a terminal."""
 
 from __future__ import annotations
 

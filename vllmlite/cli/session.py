@@ -1,4 +1,5 @@
-"""Shared parts of the commands that run a model: starting the engine, sampling defaults, streaming a request."""
+"""Shared parts of the commands that run a model: they start the engine, give sampling defaults, and stream a
+request."""
 
 from __future__ import annotations
 

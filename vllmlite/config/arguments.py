@@ -18,7 +18,7 @@ class EngineArgs(EngineConfig):
     """vLLM's name for :class:`EngineConfig`; accepts every keyword of :meth:`EngineConfig.from_kwargs`."""
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
-        """Take the fields of :class:`EngineConfig` as keywords."""
+        """Create the configuration from keywords, which are the fields of :class:`EngineConfig`."""
         super().__init__(model=model, **known_options(options))
 
     @staticmethod
@@ -73,7 +73,8 @@ def add_engine_arguments(parser: argparse.ArgumentParser, leave_out: Collection[
 
 
 class _AbsentValue(argparse.Action):
-    """``--flag VALUE`` of an unsupported option: an error, unless the value asks for nothing."""
+    """Action of ``--flag VALUE`` of an unsupported option: reports an error, unless the value has no effect in vLLM
+    either."""
 
     def __call__(
         self,
@@ -92,7 +93,8 @@ class _AbsentValue(argparse.Action):
 
 
 class _AbsentFlag(argparse.BooleanOptionalAction):
-    """``--flag`` or ``--no-flag`` of an unsupported option: an error, unless it asks for nothing."""
+    """Action of ``--flag`` or ``--no-flag`` of an unsupported option: reports an error, unless it leaves the feature
+    off."""
 
     def __call__(
         self,

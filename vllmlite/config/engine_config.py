@@ -32,11 +32,11 @@ from vllmlite.pooling_params import POOLING_TYPES
 from vllmlite.sampling_params import MAX_LOGPROBS
 
 MOST_RANKS = 64
-"""Most processes that compute one model."""
+"""Maximum number of processes that compute one model."""
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
 AT_LOAD = (*QUANTIZATIONS, "fp8")
-"""Quantisations of float weights at load."""
+"""Methods by which float weights can be quantised when they are loaded."""
 CHECKPOINT_METHODS = ("auto-round", "awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "modelopt")
 METHOD_SYNONYMS = {
     "auto_round": "auto-round", "intel/auto-round": "auto-round", "awq_marlin": "awq", "gptq_marlin": "gptq",
@@ -376,7 +376,7 @@ class EngineConfig:
             )
 
     def _check_ranks(self) -> None:
-        """Refuse what does not go together with several ranks."""
+        """Raise ParameterError for options that cannot be combined with several ranks."""
         if self.num_ranks == 1:
             return
         name = "tensor_parallel_size" if self.pipeline_parallel_size == 1 else "pipeline_parallel_size"
@@ -403,11 +403,11 @@ class EngineConfig:
 
     @property
     def reporting_rank(self) -> int:
-        """The rank that reports what is sampled: the first of the last stage."""
+        """The rank that sends the sampled ids to the engine: the first one of the last stage."""
         return self.num_ranks - self.tensor_parallel_size
 
     def _check_tiers(self) -> None:
-        """Refuse options of cache tiers that contradict each other or have nothing to act on."""
+        """Raise ParameterError for options of cache tiers that contradict each other, or that have no effect."""
         if self.kv_offloading_size is not None and self.swap_space not in (0, self.kv_offloading_size):
             raise ParameterError(
                 "kv_offloading_size", self.kv_offloading_size, f"contradicts swap_space={self.swap_space}"
@@ -441,7 +441,7 @@ class EngineConfig:
             raise ParameterError("preemption_mode", "swap", "needs swap_space or kv_disk_path")
 
     def host_tier_bytes(self) -> int:
-        """Return the size of the host memory tier that is asked for; 0: none."""
+        """Return the bytes of the cache tier in host memory; 0 if there is none."""
         return int((self.kv_offloading_size or self.swap_space) * 2**30)
 
     def keeps_block_files(self) -> bool:

@@ -1,4 +1,4 @@
-"""vLLM's options whose features are not here: each is refused by its name, with the reason."""
+"""Options of vLLM whose features do not exist here. Each is refused by its name, with the reason."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """An option of vLLM's without its feature: the values that ask for nothing, and why others are refused."""
+    """An option of vLLM that is not supported: the values that leave its feature off, and the reason why others are
+    refused."""
 
     neutral: tuple[Any, ...]
     reason: str
     keys: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """A mapping asks for nothing if each of its keys is here, with one of these values."""
+    """Keys that a mapping given as value may have, with the values of each that have no effect."""
     logged: tuple[Any, ...] = ()
-    """Values that change no text: they are accepted, and the log has the reason why they do nothing."""
+    """Values that are accepted although the feature is missing, because they change no text. The log gives the
+    reason."""
 
     def accepts(self, value: object) -> bool:
-        """Return whether ``value`` asks for nothing."""
+        """Return whether ``value`` leaves the feature off."""
         if value in self.neutral:
             return True
         return (
@@ -128,7 +130,7 @@ _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
         "collect_detailed_traces": (None,), "show_hidden_metrics_for_version": (None,),
     },
 }  # fmt: skip
-"""Reason → the options that it refuses, and the values of each that ask for nothing."""
+"""Reason → the options that it refuses, each with the values that leave its feature off."""
 _KEYS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
     "limit_mm_per_prompt": dict.fromkeys(("image", "video", "audio"), (0, {"count": 0})),
     "structured_outputs_config": {

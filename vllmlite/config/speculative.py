@@ -1,4 +1,4 @@
-"""Options of speculative decoding: vLLM's ``speculative_config``, and the options that stand for its keys."""
+"""Options of speculative decoding: vLLM's ``speculative_config``, and the options that set single keys of it."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ ABSENT_METHODS = (
 )  # fmt: skip
 """vLLM's methods that are not supported."""
 NGRAM_MODELS = ("ngram", "[ngram]")
-"""Names of n-grams as a model, which vLLM also takes."""
+"""Values of the key ``model`` that mean n-grams, as in vLLM."""
 MOST_TOKENS = 32
-"""Most drafts of a step."""
+"""Maximum number of drafts of a row in a step."""
 DEFAULT_TOKENS = 8
-"""Drafts of a step unless their number is given, if they are accepted often enough."""
+"""Default maximum number of drafts of a row in a step, if they are accepted often enough."""
 DEFAULT_LOOKUP = 5
-"""Length of an n-gram unless it is given; the same as in vLLM."""
+"""Default length of an n-gram, the same as in vLLM."""
 KEYS = (
     "method",
     "model",
@@ -72,7 +72,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "use_heterogeneous_vocab": (None, False),
     "synthetic_acceptance_rate": (None,), "attention_backend": (None,), "moe_backend": (None, "auto"),
 }  # fmt: skip
-"""vLLM's other keys, and the values of each that ask for nothing here."""
+"""Other keys of vLLM, each with the values that have no effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,23 +85,23 @@ class DraftCheckpoint:
     """Its name or path; None: the target model's own checkpoint (``mtp``)."""
     revision: str | None
     quantization: str | None
-    """How its weights are quantised at load."""
+    """Method by which its float weights are quantised at load; None: they are not."""
     max_model_len: int | None
     """Sequences longer than this get no drafts; None: as long as the checkpoint allows."""
 
 
 @dataclass(frozen=True, slots=True)
 class SuffixOptions:
-    """Options of suffix drafts, with vLLM's defaults but for the last."""
+    """Options of suffix drafts, with vLLM's defaults except for ``earlier_outputs``."""
 
     depth: int = 24
-    """Most ids of a matched context and its drafts together."""
+    """Maximum number of ids of a matched context and its drafts together."""
     factor: float = 1.0
-    """Drafts for each id of the matched context."""
+    """Number of drafts for each id of the matched context."""
     least_probability: float = 0.1
-    """Least probability, by counts, of a draft together with those before it."""
+    """Minimum joint probability of a draft and those before it, estimated from counts."""
     earlier_outputs: int = 0
-    """How many outputs of earlier requests drafts may come from."""
+    """Number of outputs of earlier requests in which drafts are looked up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,24 +109,25 @@ class Speculative:
     """Speculative decoding: how drafts are proposed, and how many."""
 
     num_tokens: int
-    """Most drafts of a step."""
+    """Maximum number of drafts of a row in a step."""
     prompt_lookup_min: int
     prompt_lookup_max: int
     max_rows: int | None
-    """Most running sequences with which drafts are made; None: any number."""
+    """Maximum number of running sequences with which drafts are made; None: any number."""
     draft: DraftCheckpoint | None = None
     """The checkpoint that proposes drafts; None: they are looked up in texts."""
     suffix: SuffixOptions | None = None
-    """How suffix drafts are looked up; None: drafts are n-grams, or of a model."""
+    """Options of suffix drafts; None: drafts come from n-grams or from a model."""
     by_rows: tuple[tuple[int, int, int], ...] = ()
-    """Least and most running sequences, and most drafts of a step with as many; with others :attr:`num_tokens`."""
+    """Tuples of a minimum and a maximum number of running sequences, and the maximum number of drafts with these;
+    outside of these ranges it is :attr:`num_tokens`."""
     max_len: int | None = None
-    """Most tokens of a sequence with which drafts are looked up; None: any number."""
+    """Maximum length of sequences for which drafts are looked up, in tokens; None: any length."""
 
 
 def with_shorthands(given: Mapping[str, Any], shorthands: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``given``, a ``speculative_config``, with the keys that options of :data:`SHORTHANDS` set. Raises
-    ParameterError where they contradict it."""
+    ParameterError if they contradict it."""
     options = dict(given)
     for name, value in shorthands.items():
         key, _ = SHORTHANDS[name]
@@ -138,8 +139,8 @@ def with_shorthands(given: Mapping[str, Any], shorthands: Mapping[str, Any]) -> 
 
 
 def speculative(options: Mapping[str, Any], ranks: int = 1) -> Speculative | None:
-    """Return what ``options``, a ``speculative_config``, ask for on so many ranks; None: nothing. Raises
-    ParameterError."""
+    """Return the speculative decoding that ``options``, a ``speculative_config``, describe, for a model on ``ranks``
+    ranks; None if it is off. Raises ParameterError."""
     if all(value is None for value in options.values()):
         return None
     method = _method(options)
@@ -175,7 +176,7 @@ def speculative(options: Mapping[str, Any], ranks: int = 1) -> Speculative | Non
 
 
 def _method(options: Mapping[str, Any]) -> str:
-    """Return the method. That of a model without a method follows from the model's name, as in vLLM."""
+    """Return the method. If only a model is given, the method follows from the model's name, as in vLLM."""
     method, model = options.get("method"), options.get("model")
     if isinstance(method, str) and method.endswith("_mtp"):
         method = MTP  # vLLM has a name for each family, such as qwen3_next_mtp
@@ -222,7 +223,8 @@ def _suffix_options(options: Mapping[str, Any]) -> SuffixOptions:
 
 
 def _by_rows(options: Mapping[str, Any], most: int) -> tuple[tuple[int, int, int], ...]:
-    """Return how many drafts are made with how many running sequences. Raises ParameterError."""
+    """Return the maximum numbers of drafts by numbers of running sequences (:attr:`Speculative.by_rows`). Raises
+    ParameterError."""
     key = "num_speculative_tokens_per_batch_size"
     entries = options.get(key)
     if entries is None:

@@ -32,7 +32,7 @@ from vllmlite.outputs import EngineStats, RequestMetrics
 from vllmlite.sampling_params import SamplingParams
 
 RECEIVED_BYTES = 1 << 16
-"""Bytes that one read of the socket takes at most."""
+"""Maximum number of bytes that are read from the socket at a time."""
 
 
 @dataclass(slots=True)
@@ -41,8 +41,8 @@ class _RemoteRequest:
 
     request_id: str
     name: str
-    """Its id at the host, which no other request gets: the host may still send outputs of an earlier request with the
-    same ``request_id``."""
+    """Id of the request at the host. No other request gets it, since the host may still send outputs of an earlier
+    request with the same ``request_id``."""
     prompt_token_ids: list[int]
     metrics: RequestMetrics
     num_cached_tokens: int = 0
@@ -51,17 +51,17 @@ class _RemoteRequest:
 class EngineClient:
     """Client of an engine that a :class:`~vllmlite.engine_process.host.Host` runs and steps. Not thread-safe.
 
-    :meth:`step` merges all outputs that have come, so a caller that falls behind gets several tokens for a request. It
+    :meth:`step` merges all outputs that have arrived, so a slow caller gets several tokens of a request at a time. It
     waits for the socket, unless an event loop watches that (:meth:`join_loop`)."""
 
     def __init__(self, handle: HostHandle, bounds: RequestBounds, stats: EngineStats) -> None:
-        """Connect to a host that is ready."""
+        """Connect to a host that is ready. ``bounds`` are the engine's, ``stats`` its counters at the start."""
         self.handle = handle
         self.bounds = bounds
         self.stats = stats
         """Counters as the host last sent them."""
         self.failed_steps_in_a_row = 0
-        """Number of the latest steps that failed."""
+        """Number of steps that failed since the last one that succeeded."""
         self._connection = handle.connection
         self._loop: asyncio.AbstractEventLoop | None = None
         self._received, self._unsent = bytearray(), bytearray()
@@ -80,15 +80,15 @@ class EngineClient:
 
     @property
     def engine(self) -> Engine:
-        """The engine itself, which belongs to its thread. AttributeError if it is in another process."""
+        """The engine itself, which only its own thread may use. Raises AttributeError if it is in another process."""
         if not isinstance(self.handle, EngineThread):
             raise AttributeError("the engine is in a process of its own")
         return self.handle.engine
 
     def join_loop(self, loop: asyncio.AbstractEventLoop, on_arrival: Callable[[], object]) -> None:
-        """Have ``loop`` watch the socket: it calls ``on_arrival``, which must call :meth:`receive`, when messages
-        arrive, and sends what could not be sent at once. Raises VllmliteError if the client belongs to another open
-        loop."""
+        """Have ``loop`` watch the socket: it calls ``on_arrival`` when messages arrive, which must call
+        :meth:`receive`, and it sends messages that could not be sent at once. Raises VllmliteError if the client
+        belongs to another open loop."""
         if self._loop is loop:
             return
         if self._loop is not None and not self._loop.is_closed():
@@ -112,9 +112,9 @@ class EngineClient:
         params: SamplingParams,
         **options: Unpack[RequestOptions],
     ) -> None:
-        """Queue a request. Raises :class:`ParameterError`, and takes nothing in, if it can never be served.
+        """Queue a request. Raises :class:`ParameterError`, and adds nothing, if it can never be served.
 
-        A ``grammar`` is sent in compiled form, unless the host keeps it from an earlier request."""
+        A ``grammar`` is sent in compiled form, unless the host has it from an earlier request."""
         if request_id in self._requests:
             raise ParameterError("request_id", request_id, "is in use by a request that has not finished")
         prompt = self.bounds.check(
@@ -136,7 +136,8 @@ class EngineClient:
         self._send(EngineCall("add_request", (name, prompt, params), sent))
 
     def finish(self, request_id: str, reason: str = "abort", stop_reason: int | str | None = None) -> bool:
-        """End a request from outside; its blocks are free before the engine's next step."""
+        """End a request; its blocks are free before the engine's next step. Returns False if there is no such
+        unfinished request."""
         remote = self._requests.pop(request_id, None)
         if remote is None:
             return False
@@ -161,7 +162,7 @@ class EngineClient:
         self._send(EngineCall("remove_adapter", (adapter,)))
 
     def expect_grammars(self) -> None:
-        """Have the host import what grammars need."""
+        """Have the host import the modules that grammars need."""
         self._send(EngineCall("expect_grammars"))
 
     def current_stats(self) -> EngineStats:
@@ -177,9 +178,8 @@ class EngineClient:
         return answer
 
     def step(self, outputs: list[EngineOutput] | None = None) -> list[EngineOutput]:
-        """Wait for outputs; return those of all steps since the last call, merged by request. See :meth:`Engine.step`.
-
-        Raises EngineDeadError if the host has ended."""
+        """Wait for outputs; return those of all steps since the last call, merged by request. Appends them to
+        ``outputs`` (default: a new list) and returns that list. Raises EngineDeadError if the host has ended."""
         if outputs is None:
             outputs = []
         while not self._inbox:
@@ -227,7 +227,7 @@ class EngineClient:
             self._notice_end()
 
     def _notice_end(self, reason: EngineDeadError | None = None) -> None:
-        """Take note that the host has ended, for ``reason`` if it could say."""
+        """Record that the host has ended, with the ``reason`` that it gave, if any."""
         self.leave_loop()
         how = self.handle.wait_for_end()
         self._end = reason or EngineDeadError(how)
@@ -237,7 +237,8 @@ class EngineClient:
         self._questions.clear()
 
     def _to_send(self, grammar: Grammar | None) -> bytes | None:
-        """Return the compiled grammar, or None if it is one of the last :data:`MAX_KEPT` that were sent."""
+        """Return the compiled grammar, or None if the host has it, because it is one of the last :data:`MAX_KEPT` that
+        were sent."""
         if not isinstance(grammar, Matcher):
             return None
         compiled = grammar.compiled
@@ -262,7 +263,8 @@ class EngineClient:
             self._flush()
 
     def _flush(self) -> None:
-        """Send what has not been sent; with an event loop, only what needs no wait, and the loop sends the rest."""
+        """Send queued messages. With an event loop, send only as much as is possible without waiting; the loop sends
+        the rest."""
         loop = self._loop
         try:
             while self._unsent:
@@ -278,7 +280,7 @@ class EngineClient:
             loop.remove_writer(self._connection)
 
     def _unpack(self) -> None:
-        """Split what has been received into messages."""
+        """Split the received bytes into messages, and handle these."""
         start, received = 0, self._received
         while len(received) - start >= LENGTH.size:
             (length,) = LENGTH.unpack_from(received, start)
@@ -334,7 +336,8 @@ class EngineClient:
 
 
 def _can_merge(message: StepOutputs, merged: dict[str, EngineOutput]) -> bool:
-    """Return whether a step can be added to ``merged``: an output has the log-probabilities of one step at most."""
+    """Return whether a step's outputs can be added to ``merged``. An output can have the log-probabilities of only one
+    step."""
     return not any(
         has_logprobs(output) or has_logprobs(merged[output.request_id])
         for output in message.outputs

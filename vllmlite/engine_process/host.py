@@ -41,9 +41,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLOSING_SECONDS = 10.0
-"""Seconds that a host has to end by itself after its client has closed the connection."""
+"""Maximum seconds for a host to end by itself after its client has closed the connection."""
 GARBAGE_THRESHOLDS = (10_000, 20, 10)
-"""Arguments of :func:`gc.set_threshold`; 10,000 new objects are about fifty more requests begun than ended."""
+"""Arguments of :func:`gc.set_threshold`. 10,000 new objects are created when about fifty more requests have begun than
+ended."""
 SWITCH_SECONDS = 0.0001
 """Interval of switches between the engine's thread and others in Python; the default of 5 ms is a whole step."""
 CLIENT_POLL_MS = 500
@@ -52,14 +53,14 @@ PROGRAM = "from vllmlite.engine_process.host import main; main()"
 
 
 ReadyMessage: TypeAlias = "tuple[RequestBounds, EngineStats, Started[None]]"
-"""A process's first message, once its engine runs."""
+"""First message of a host's process, sent once its engine runs."""
 
 
 class EngineProcess:
-    """A process with an engine."""
+    """A process that hosts an engine, as its client sees it."""
 
     def __init__(self, config: EngineConfig, replica: int = 0) -> None:
-        """Start a process that loads ``config``'s model, as one of the replicas that it names. Call
+        """Start a process that loads the model of ``config``, as replica number ``replica``. Call
         :meth:`wait_until_ready` before anything else."""
         self.connection, theirs = socket.socketpair()
         with theirs:
@@ -70,7 +71,8 @@ class EngineProcess:
             )
 
     def wait_until_ready(self) -> ReadyMessage:
-        """Wait for the engine to run. Raises what its start raised, BackendError if the process ended."""
+        """Wait until the engine runs. Raises the error with which its start failed, or BackendError if the process
+        ended."""
         try:
             with self.connection.makefile("rb") as stream:
                 message = unpack(stream)
@@ -83,12 +85,12 @@ class EngineProcess:
         return ready
 
     def close(self) -> None:
-        """Close the connection, at which the process ends, and wait for that."""
+        """Close the connection, whereupon the process ends, and wait for that."""
         self.connection.close()
         self.wait_for_end()
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kill the process."""
         self.process.kill()
         self.close()
 
@@ -104,10 +106,10 @@ class EngineProcess:
 
 
 class EngineThread:
-    """A thread that runs an engine of this process."""
+    """A thread of this process that hosts an engine."""
 
     def __init__(self, started: Started[Engine]) -> None:
-        """Start it."""
+        """Start the thread."""
         self.engine = started.engine
         self.connection, theirs = socket.socketpair()
         self._error: BaseException | None = None
@@ -139,7 +141,7 @@ class EngineThread:
 
 
 def _end(connection: socket.socket, thread: threading.Thread) -> None:
-    """Have a host's thread end, if it has not, and wait for that."""
+    """Make a host's thread end, if it has not ended, and wait for that."""
     connection.close()
     thread.join(CLOSING_SECONDS)
 
@@ -215,11 +217,12 @@ class Host:
         self._preparing: SimpleQueue[EngineCall | None] = SimpleQueue()
         """Calls whose grammars are still to be compiled, or whose adapters are still to be read."""
         self._held: dict[str, list[EngineCall]] = {}
-        """Request being prepared → later calls about it, which wait for its grammar. Guarded by ``_wake``."""
+        """Request that is being prepared → later calls about it, which wait until it is prepared. Guarded by
+        ``_wake``."""
         self._messages: SimpleQueue[StepOutputs | Answer | EngineDeadError | None] = SimpleQueue()
         self._ranks = started.ranks
         self._introduced: set[str] = set()
-        """Requests of which the client has got a complete output, with metrics."""
+        """Requests for which the client has received a complete output, including metrics."""
 
     def run(self) -> None:
         """Serve until the client ends."""
@@ -249,7 +252,7 @@ class Host:
             self._connection.close()
 
     def _serve_once(self) -> bool:
-        """Wait for work, execute the calls that have come, run a step; return False once the client has ended."""
+        """Wait for work, execute received calls, and run a step. Returns False once the client has ended."""
         engine = self._engine
         ranks = self._ranks
         with self._wake:
@@ -273,7 +276,7 @@ class Host:
         return True
 
     def _notify(self) -> None:
-        """Have the engine's thread look again at what it waits for."""
+        """Wake the engine's thread, to check again for calls and results that it waits for."""
         with self._wake:
             self._wake.notify()
 

@@ -23,13 +23,14 @@ FROM_FIRST = ("block_size", "max_adapters", "backend", "device", "dtype", "sleep
 """Fields of :class:`EngineStats` that are equal in all replicas, or that the first replica stands for."""
 
 NAMES = ("running_adapters", "waiting_adapters")
-"""Fields of names, which are merged."""
+"""Fields of :class:`EngineStats` that hold names; those of all replicas are merged."""
 
 
 class ReplicaClient:
-    """Client of replicas with the interface of :class:`EngineClient`; a :class:`Router` chooses each request's replica.
+    """Client of several replicas, with the interface of :class:`EngineClient`. A :class:`Router` chooses the replica of
+    each request. Not thread-safe.
 
-    If a replica ends, all count as ended: what runs the program starts it anew. Not thread-safe."""
+    If one replica ends, all count as ended, so that a service manager restarts the program."""
 
     def __init__(self, clients: Sequence[EngineClient], caches_prefixes: bool) -> None:
         """Send requests to ``clients``. ``caches_prefixes``: the replicas have prefix caches."""

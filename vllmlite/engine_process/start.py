@@ -1,4 +1,4 @@
-"""Starting an engine in a thread or process of its own."""
+"""Start an engine in its own thread or process."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from vllmlite.runner.startup import Started, load_tokenizer, start
 
 
 def start_thread(config: EngineConfig) -> Started[EngineClient]:
-    """Start an engine in a thread of its own. Raises what :func:`start` raises."""
+    """Start an engine in its own thread. Raises the same errors as :func:`start`."""
     started = start(config)
     bounds, stats = started.engine.bounds, replace(started.engine.stats)
     return started.with_engine(EngineClient(EngineThread(started), bounds, stats), started.tokenizer)
 
 
 def start_process(config: EngineConfig) -> Started[EngineClient]:
-    """Start an engine in a process of its own. Raises what :func:`start` raises there."""
+    """Start an engine in its own process. Raises the same errors as :func:`start`."""
     started = _start_processes(config, 1)
     return started.with_engine(started.engine[0], started.tokenizer)
 
 
 def start_replicas(config: EngineConfig) -> Started[ReplicaClient]:
-    """Start ``config.data_parallel_size`` engines, each in a process of its own. Raises what :func:`start` raises
-    there."""
+    """Start ``config.data_parallel_size`` engines, each in its own process. Raises the same errors as :func:`start`."""
     if config.seed == -1:  # weights of load_format=dummy must be equal
         config = replace(config, seed=secrets.randbits(64))
     started = _start_processes(config, config.data_parallel_size)
@@ -46,7 +45,7 @@ def start_replicas(config: EngineConfig) -> Started[ReplicaClient]:
 
 
 def _start_processes(config: EngineConfig, count: int) -> Started[list[EngineClient]]:
-    """Start equal engines, each in a process of its own."""
+    """Start ``count`` equal engines, each in its own process."""
     processes: list[EngineProcess] = []
     clients: list[EngineClient] = []
     try:

@@ -18,10 +18,11 @@ LENGTH = struct.Struct("!Q")
 
 @dataclass(slots=True)
 class StepOutputs:
-    """The outputs of a step. Outputs of one token and nothing else are sent as ``request_ids`` and ``token_ids``."""
+    """The outputs of a step. Outputs that consist of one token and nothing else are sent as ``request_ids`` and
+    ``token_ids``."""
 
     time: float
-    """When the step ended, by :func:`time.monotonic`, which is one clock for all processes."""
+    """Time at which the step ended, from :func:`time.monotonic`, which is the same clock for all processes."""
     stats: EngineStats
     request_ids: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
@@ -49,18 +50,19 @@ class Answer:
 
 
 class HostHandle(Protocol):
-    """The thread or process that a host runs in, as its starter holds it."""
+    """The thread or process in which a host runs, as the client sees it."""
 
     connection: socket.socket
     """The client's end of the socket pair."""
 
     def wait_for_end(self) -> str:
-        """Wait for the host to end, which it does once the connection is closed; return how it ended."""
+        """Wait for the host to end, which it does once the connection is closed. Returns a description of how it
+        ended."""
         ...
 
 
 def pack(message: object) -> bytes:
-    """Return ``message`` as it is sent over the socket."""
+    """Return ``message`` in the form in which it is sent over the socket."""
     content = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
     return LENGTH.pack(len(content)) + content
 

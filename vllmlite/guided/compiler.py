@@ -42,7 +42,7 @@ COMPILE_SECONDS = 10
 WAIT_FACTOR = 4
 """The wall-clock limit of a child, as a multiple of its CPU time limit."""
 COMPILE_BYTES = 1 << 30
-"""Address space that a compilation may add to the process."""
+"""Maximum bytes of address space that a compilation may add to the process."""
 RESULT_BYTES = 128 << 20
 """Maximum size of a compiled grammar in memory."""
 PARALLEL = 4
@@ -79,7 +79,8 @@ class Vocabulary:
     """The tokenizer's vocabulary, for which grammars are compiled."""
 
     def __init__(self, texts: Sequence[str], kind: str, size: int, eos_ids: Sequence[int]) -> None:
-        """``texts[id]`` is the token as the tokenizer writes it; ``kind``: RAW, BYTE_LEVEL or BYTE_FALLBACK."""
+        """``texts[id]`` is the token as the tokenizer writes it; ``kind`` is RAW, BYTE_LEVEL or BYTE_FALLBACK; ``size``
+        is the number of ids of the model."""
         self.texts = list(texts)
         self.kind = kind
         self.size = size
@@ -266,8 +267,7 @@ def _prepared(compiler: Any, kind: str, source: Any) -> Prepared:
 
 
 def _fault(compiled: Any) -> str | None:
-    """Return why a grammar is refused (it allows no first token, or its first masks take too long), or None.
-
+    """Return the reason why a grammar is refused (it allows no first token, or its first masks take too long), or None.
     The engine computes one mask per token, and all other requests wait for it."""
     import numpy as np
     import xgrammar

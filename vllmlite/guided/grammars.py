@@ -44,7 +44,7 @@ class CompiledGrammar:
     """A grammar compiled for one model."""
 
     def __init__(self, key: str, packed: bytes) -> None:
-        """``key`` identifies the grammar in the cache; ``packed`` is its compressed :class:`Prepared` form."""
+        """Wrap ``packed``, the compressed :class:`Prepared` form of a grammar; ``key`` identifies it in the cache."""
         self.key = key
         self.packed = packed
         self.native: Any = None
@@ -67,7 +67,8 @@ class Matcher:
     def __init__(
         self, compiled: CompiledGrammar, num_words: int, marks: ThinkingMarks | None, *, needs_end_id: bool
     ) -> None:
-        """Use :meth:`Grammars.start`. If ``compiled`` is not loaded, another process follows the sequence."""
+        """Follow a sequence; called by :meth:`Grammars.start`. If ``compiled`` is not loaded, another process follows
+        the sequence."""
         self._marks = marks
         self._mask: bytes | None = None
         self.compiled = compiled
@@ -86,7 +87,7 @@ class Matcher:
         self._may_think = self._marks is not None and not self._thinks
         self._matcher.reset()
         self._num_matched = 0
-        """Ids that the native matcher has accepted."""
+        """Number of ids that the native matcher has accepted."""
         self._fill()
 
     def masks(self, drafts: Sequence[int] = ()) -> list[bytes | None]:
@@ -121,7 +122,7 @@ class Matcher:
         return bool(self._matcher.is_terminated()) or not self._fill()
 
     def fork(self) -> Matcher:
-        """Return another grammar at the same position."""
+        """Return a copy of the matcher at the same position, for another sequence."""
         other = copy(self)
         other._row, other._matcher = self._row.copy(), self._matcher.fork()
         return other
@@ -148,7 +149,8 @@ class Grammars:
     def __init__(
         self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int], *, loads: bool = True
     ) -> None:
-        """``loads``: also compile the grammars for use in this process; otherwise xgrammar is never imported here."""
+        """Start with an empty cache. ``loads``: also compile the grammars for use in this process; otherwise xgrammar
+        is never imported here."""
         self._loads = loads
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size

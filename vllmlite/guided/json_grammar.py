@@ -118,7 +118,7 @@ class _Strings:
     """The strings of a schema that get counting rules of their own."""
 
     def __init__(self, marker: str) -> None:
-        """``marker`` is the prefix of the placeholder constants for these strings."""
+        """Start without rules. ``marker`` is the prefix of the placeholder constants for the strings."""
         self._marker = marker
         self._classes: dict[str, int] = {}
         self.names: dict[str, str] = {}

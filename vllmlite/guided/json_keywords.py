@@ -47,11 +47,11 @@ Schema = dict[str, Any]
 
 
 class SchemaError(ValueError):
-    """The reason why a schema has no grammar."""
+    """Raised for a schema that has no grammar; the text is the reason."""
 
 
 class Impossible(SchemaError):
-    """A schema that no value satisfies."""
+    """Raised for a schema that no value satisfies."""
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -124,7 +124,7 @@ CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     "maxProperties": lambda value, limit: not isinstance(value, dict) or len(value) <= limit,
     "required": lambda value, names: not isinstance(value, dict) or {*names} <= value.keys(),
 }
-"""Check of a value by keyword; values of types that the keyword does not apply to pass."""
+"""Keyword → function that checks a value; values of types to which the keyword does not apply pass."""
 
 
 def keywords_of(schema: Any) -> Schema:

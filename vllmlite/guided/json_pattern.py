@@ -44,18 +44,18 @@ SPECIAL = frozenset("\\^$.|?*+()[]{}-/")
 
 
 class PatternError(ValueError):
-    """The reason why a pattern has no grammar."""
+    """Raised for a pattern that has no grammar; the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of an expression, with the least and the largest number of characters that it matches."""
+    """Part of an expression, with the minimum and the maximum number of characters that it matches."""
 
     text: str
     low: int
     high: float
     repeated: tuple[str, int, float] | None = None
-    """(expression of one character, least, most) if the piece is a repetition of one character."""
+    """(expression of one character, minimum, maximum) if the piece is a repetition of one character."""
 
 
 def string_pattern(pattern: str | None, min_length: int, max_length: float) -> str:

@@ -10,7 +10,7 @@ from vllmlite.guided.json_keywords import KEYWORDS, MAX_INTEGER, Impossible, Sch
 from vllmlite.guided.json_pattern import MAX_COUNT, PatternError, string_pattern
 
 MAX_MULTIPLES = 1000
-"""Largest number of values of a ``multipleOf`` that are listed one by one."""
+"""Maximum number of values of a ``multipleOf`` that are listed one by one."""
 
 
 def counts(said: Schema, least: str, most: str) -> tuple[int, float]:

@@ -1,4 +1,4 @@
-"""Rewriting of JSON Schemas into the few forms that xgrammar enforces exactly, or the reason why that is impossible.
+"""Rewrite JSON Schemas to the few forms that xgrammar enforces exactly, or give the reason why that is impossible.
 
 xgrammar accepts nearly any schema and drops what it cannot express: keywords beside ``anyOf`` or ``$ref``, lengths
 beside a pattern, bounds without a type. :func:`exact` rewrites a schema (draft 2020-12, and what remains of older
@@ -38,11 +38,12 @@ from vllmlite.guided.json_pattern import other_than
 from vllmlite.guided.json_scalars import counts, exact_integer, exact_number, exact_pattern, exact_string
 
 MAX_SCHEMAS = 5000
-"""Largest number of subschemas, counting each use of a merged one."""
+"""Maximum number of subschemas, counting each use of a merged one."""
 
 
 def exact(schema: Any) -> Schema:
-    """Return a schema of which xgrammar enforces every part. Raises :class:`SchemaError` if there is none."""
+    """Return an equivalent schema of which xgrammar enforces every part, or a narrower one. Raises :class:`SchemaError`
+    if there is none."""
     writer = _Writer(schema)
     try:
         written = writer.write(schema)
@@ -206,7 +207,7 @@ class _Writer:
         raise SchemaError(f"has {keyword} twice for the same value, which cannot be combined")
 
     def _branch(self, branch: Any) -> Branch:
-        """Return what distinguishes a branch of ``oneOf``, with its references followed."""
+        """Return the properties that distinguish a branch of ``oneOf``, with its references followed."""
         said = seen = keywords_of(branch)
         for _ in range(8):
             if "$ref" not in seen:

@@ -1,4 +1,4 @@
-"""Finding a model: built-in, a directory, a GGUF file, a tarball, in the Hugging Face cache, or on the hub."""
+"""Find a model: built in, a directory, a GGUF file, a tarball, in the Hugging Face cache, or on the hub."""
 
 from __future__ import annotations
 

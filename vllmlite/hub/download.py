@@ -1,4 +1,6 @@
-"""Downloads from the hub with huggingface-hub: one process per model at a time, every file's checksum verified."""
+"""Download models from the hub with huggingface-hub: one process per model at a time, and every file's checksum is
+verified.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from vllmlite.weights.gguf_parts import is_later_part
 
 
 class NotReached(ModelError):
-    """The hub cannot be reached, or refuses the request."""
+    """Raised if the hub cannot be reached, or refuses the request."""
 
 
 def download(

@@ -1,4 +1,4 @@
-"""The Hugging Face cache's layout: ``models--owner--name/{blobs,refs,snapshots}``, and what a snapshot holds."""
+"""The layout of the Hugging Face cache, ``models--owner--name/{blobs,refs,snapshots}``, and the files of a snapshot."""
 
 from __future__ import annotations
 

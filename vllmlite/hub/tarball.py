@@ -29,7 +29,7 @@ MAX_MEMBERS = 10_000
 MAX_HEADER = 1 << 20
 """Largest number of bytes read at once for the archive's headers."""
 MAX_RATIO = 64
-"""A tarball may unpack to this many times its size, or to :data:`MIN_UNPACKED` bytes if that is more."""
+"""Maximum ratio of unpacked to packed size of a tarball, unless it unpacks to less than :data:`MIN_UNPACKED` bytes."""
 MIN_UNPACKED = 1 << 30
 CHUNK = 1 << 20
 

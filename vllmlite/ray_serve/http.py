@@ -1,4 +1,6 @@
-"""HTTP requests as values that go from the ingress to a replica, and what a router needs to know of their prompts."""
+"""HTTP requests as values that are sent from the ingress to a replica, and the prefixes of their prompts for the
+router.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The ingress on Ray: takes in HTTP requests whole, has a replica answer each, and passes its answer on."""
+"""The ingress on Ray: it receives complete HTTP requests, sends each to a replica, and passes the answer on to the
+client.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,15 @@ from starlette.types import Receive, Scope, Send
 from vllmlite.ray_serve.http import make_request
 
 ATTEMPTS = 2
-"""How often a request is sent, if the replica that has it dies before it begins to answer."""
+"""Maximum number of times that a request is sent, if its replica dies before it begins to answer."""
 
 
 class Ingress:
     """An ASGI application that forwards requests to the deployment of replicas, whose router reads their prompts."""
 
     def __init__(self, replicas: Any, death: type[Exception], max_body_size: int) -> None:
-        """``replicas`` is the deployment's handle, for streams, which raises ``death`` if a replica dies."""
+        """Forward requests to ``replicas``, the deployment's handle for streams, which raises ``death`` if a replica
+        dies."""
         self._replicas = replicas
         self._death = death
         self._max_body_size = max_body_size

@@ -1,4 +1,4 @@
-"""A replica on Ray: an engine and the server's application, called with whole requests."""
+"""A replica on Ray: an engine and the server's application, which is called with complete requests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Replica:
     """Answers HTTP requests with an engine of its own, which ends with the replica's process."""
 
     async def __init__(self, engine: EngineConfig, server: ServerConfig) -> None:  # type: ignore[misc]
-        """Start the engine. Ray awaits this."""
+        """Start the engine. Ray awaits this coroutine."""
         self._service = start_service(AsyncLLM(engine, engine_process=server.engine_process), server)
         weakref.finalize(self, self._service.engine.shutdown)
         self._app = build_app(self._service, server.api_keys())
@@ -26,9 +26,8 @@ class Replica:
         await self._lifespan.__aenter__()
 
     async def respond(self, request: HttpRequest) -> AsyncGenerator[list[Message], None]:
-        """Yield the ASGI messages of the response, those together that are there at the same time.
-
-        The engine drops the request if this is closed or cancelled."""
+        """Yield the ASGI messages of the response, in lists of those that are available at the same time. The engine
+        drops the request if this generator is closed or cancelled."""
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         gone = asyncio.Event()
         first: list[Message] = [{"type": "http.request", "body": request.body, "more_body": False}]
@@ -56,7 +55,7 @@ class Replica:
             await asyncio.wait([task])
 
     def record_routing_stats(self) -> dict[str, int]:
-        """Return what :class:`~vllmlite.ray_serve.router.PrefixRouter` wants to know; Ray Serve calls this."""
+        """Return the statistics that :class:`~vllmlite.ray_serve.router.PrefixRouter` needs; Ray Serve calls this."""
         stats = self._service.engine.llm_engine.stats()
         return {"cache_tokens": stats.num_blocks * stats.block_size}
 

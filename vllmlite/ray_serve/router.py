@@ -1,5 +1,6 @@
-"""Ray Serve's request router: sends a request to the replica that has most of its prompt in its cache, unless that has
-too much to do."""
+"""Ray Serve's request router: sends a request to the replica that has most of its prompt in its cache, unless that
+replica has too much to do.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from vllmlite.engine.routing import TOKENS_PER_REQUEST, Prefix, Router
 from vllmlite.ray_serve.http import BLOCK_BYTES, BYTES_PER_TOKEN
 
 DEFAULT_CACHE_TOKENS = 1 << 18
-"""Size of a replica's cache until the replica has told it."""
+"""Assumed size of a replica's cache, in tokens, until the replica has reported it."""
 
 
 class PrefixRouter(RequestRouter):
@@ -29,7 +30,7 @@ class PrefixRouter(RequestRouter):
             tokens_per_request=TOKENS_PER_REQUEST * BYTES_PER_TOKEN,
         )
         self._sent: dict[str, tuple[ReplicaID, Prefix]] = {}
-        """Each unfinished request's replica."""
+        """Unfinished request → its replica and the prefix of its prompt."""
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Replace the replicas, and note the sizes of their caches."""
@@ -47,7 +48,8 @@ class PrefixRouter(RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """Return the replicas one by one, the best for the request first, which counts as its work from now on."""
+        """Return the replicas one by one, the best for the request first. The request counts as work of that one from
+        now on."""
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True

@@ -11,7 +11,7 @@ from vllmlite.server.service import Service
 
 router = APIRouter()
 PATHS = frozenset({"/v1/load_lora_adapter", "/v1/unload_lora_adapter"})
-"""The paths, for which there is a key of its own."""
+"""Paths of these endpoints, which require a key of their own."""
 
 
 class LoadAdapter(Body):
@@ -44,7 +44,7 @@ async def load_adapter(body: LoadAdapter, request: Request) -> Response:
 
 @router.post("/v1/unload_lora_adapter", responses=documented(), response_class=Response)
 async def unload_adapter(body: UnloadAdapter, request: Request) -> Response:
-    """Serve an adapter no longer. Requests that use it go on; its memory is free once they have ended."""
+    """Stop serving an adapter. Requests that use it go on; its memory is freed once they have ended."""
     service: Service = request.app.state.service
     service.check(body, request)
     await service.adapters.unload(body.lora_name, body.lora_int_id)

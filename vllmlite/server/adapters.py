@@ -1,4 +1,4 @@
-"""LoRA adapters that are served as models of their own names, and loading them while the server runs."""
+"""LoRA adapters that are served as models with names of their own; they can be loaded while the server runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ class ServedAdapters:
     def __init__(
         self, engine: AsyncLLM, metrics: Metrics, model_names: Collection[str], root: str | None
     ) -> None:
-        """Start without adapters. Their names must differ from ``model_names``. Clients may load those in ``root``."""
+        """Start without adapters. Their names must differ from ``model_names``. Clients may load adapters from the
+        directory ``root``; None: they may load none."""
         self._engine = engine
         self._metrics = metrics
         self._model_names = frozenset(model_names)
@@ -46,8 +47,8 @@ class ServedAdapters:
             await self._load(entry["name"], entry["path"], entry.get("base_model_name"), None)
 
     async def load(self, name: str, path: str, replace: bool) -> None:
-        """Load an adapter that a client names; its ``path`` may be relative to the root. ``replace``: one with the same
-        name may be replaced, whose unfinished requests go on. Raises ApiError if it cannot be used."""
+        """Load an adapter for a client; ``path`` may be relative to the root. ``replace``: an adapter with the same
+        name is replaced, and its unfinished requests go on. Raises ApiError if the adapter cannot be used."""
         assert self._root is not None
         if name in self._served and not replace:
             raise ApiError(
@@ -61,7 +62,7 @@ class ServedAdapters:
             raise ApiError(HTTPStatus.BAD_REQUEST, str(error), param="lora_path") from error
 
     async def unload(self, name: str, number: int | None) -> None:
-        """Serve an adapter no longer; its unfinished requests go on. Raises ApiError if there is none."""
+        """Stop serving an adapter; its unfinished requests go on. Raises ApiError if there is no such adapter."""
         found = self._served.get(name)
         if found is None:
             hint = did_you_mean(name, self._served)

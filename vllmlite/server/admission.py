@@ -1,4 +1,4 @@
-"""Admission of requests: a limit on the sequences that run or wait, and none while the server shuts down."""
+"""Admission of requests: limits the sequences that run or wait, and admits none while the server shuts down."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Admission:
     def __init__(self, max_num_seqs: int, max_queue: int, metrics: Metrics) -> None:
         """Start without sequences; rejections are counted in ``metrics``."""
         self.draining = False
-        """Set when the server shuts down: nothing more is admitted."""
+        """Set when the server shuts down; then nothing more is admitted."""
         self.num_unfinished = 0
         self.capacity = max_num_seqs + max_queue
         self._max_num_seqs = max_num_seqs

@@ -1,4 +1,4 @@
-"""The APIs that are served, and which of them a path belongs to; each has its own form of errors."""
+"""The APIs that are served, and the API that a path belongs to. Each API has its own form of errors."""
 
 from __future__ import annotations
 

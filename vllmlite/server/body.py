@@ -1,7 +1,7 @@
-"""Middleware that bounds a request's body before anything parses it: its bytes, and what its JSON is made of.
+"""Middleware that limits a request's body before it is parsed: its bytes, and the number of elements of its JSON.
 
-``json.loads`` and pydantic keep the event loop busy, and every stream waits, for a time that grows with the number of
-objects, arrays, names and values rather than with the bytes. They are counted piece by piece as the body arrives.
+``json.loads`` and pydantic keep the event loop busy, so that every stream waits, for a time that grows with the number
+of objects, arrays, names and values rather than with the bytes. They are counted piece by piece as the body arrives.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from vllmlite.server.errors import ApiError
 from vllmlite.server.middleware import error_response
 
 MAX_DISCARDED = 64 << 20
-"""Bytes of a refused body that are read and thrown away before the answer."""
+"""Maximum bytes of a refused body that are read and discarded before the answer."""
 MAX_NODES = 1 << 16
-"""Objects, arrays and names of fields in a body. 2,000 messages in parts and 300 tools of 20 parameters have 50,000."""
+"""Maximum number of objects, arrays and field names in a body. 2,000 messages in parts and 300 tools of 20 parameters
+have 50,000."""
 MAX_VALUES = 1 << 20
-"""Commas in a body outside its strings, such as those of a list of token ids."""
+"""Maximum number of commas in a body outside strings, such as those of a list of token ids."""
 
 
 class Structure:
@@ -31,10 +32,10 @@ class Structure:
 
     def __init__(self) -> None:
         self.nodes = 0
-        """Objects, arrays and names."""
+        """Number of objects, arrays and field names so far."""
         self.commas = 0
         self.is_utf8 = True
-        """False if there is a NUL byte, which JSON has only in UTF-16 and UTF-32."""
+        """False if there is a NUL byte, which JSON text contains only in UTF-16 and UTF-32."""
         self._in_string = 0
         self._backslash = b""
         """The last byte of the pieces so far, if it escapes the next one."""
@@ -51,7 +52,7 @@ class Structure:
         self.commas += outside.count(b",")
 
     def fault(self) -> str | None:
-        """Return why the text is refused; None if it is not."""
+        """Return the reason why the text is refused; None if it is accepted."""
         if not self.is_utf8:
             return "the body is not JSON in UTF-8: it has NUL bytes"
         if self.nodes > MAX_NODES:
@@ -62,10 +63,10 @@ class Structure:
 
 
 class LimitBody:
-    """Takes in a request's body whole, up to its limits, before anything parses it."""
+    """Reads a request's whole body, up to its limits, before it is parsed."""
 
     def __init__(self, app: ASGIApp, limit: int) -> None:
-        """``limit`` in bytes."""
+        """Limit bodies to ``limit`` bytes."""
         self._app = app
         self._limit = limit
 
@@ -127,5 +128,6 @@ class LimitBody:
 
 
 def _refusal(message: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> ApiError:
-    """Return the error for a body that is not read: the connection, which may still bring the rest of it, is closed."""
+    """Return the error for a body that is not read completely. Its connection, on which the rest may still arrive, is
+    closed."""
     return ApiError(status, message, headers={"connection": "close"})

@@ -20,8 +20,8 @@ def as_mapping(message: Message) -> dict[str, Any]:
 
 
 def is_small(data: Any, most: int) -> bool:
-    """Return whether JSON data has at most ``most`` characters of text, where a value in an object or array counts as
-    :data:`VALUE_CHARACTERS`. It stops counting as soon as it has more."""
+    """Return whether JSON data has at most ``most`` characters of text, where each value in an object or array counts
+    as :data:`VALUE_CHARACTERS`. Counting stops as soon as there are more."""
     waiting, count = [data], 0
     while waiting:
         value = waiting.pop()

@@ -46,9 +46,9 @@ class ApiError(Exception):
         details: Mapping[str, Any] | None = None,
         overflow: ContextLengthError | None = None,
     ) -> None:
-        """``param`` names the invalid field; ``code`` is OpenAI's code, if any; ``details`` are Anthropic's.
-
-        ``overflow`` is the cause if the prompt is too long; each API has its own message for that."""
+        """Create an error answer with HTTP ``status``. ``param`` names the invalid field; ``code`` is OpenAI's code, if
+        any; ``details`` are Anthropic's. ``overflow`` is the cause if the prompt is too long; each API has its own
+        message for that."""
         super().__init__(message)
         self.status = status
         self.message = message

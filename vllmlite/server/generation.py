@@ -1,4 +1,6 @@
-"""The generation of an answer: the engine's requests for one HTTP request, and their outputs and token counts."""
+"""The generation of an answer: the engine's requests that belong to one HTTP request, with their outputs and token
+counts.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from vllmlite.server.sse import unless_gone
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model that a request names: its name in the answer, and its adapter, if it is one."""
+    """The model that a request names: its name in the answer and, if it is an adapter, the adapter."""
 
     name: str
     adapter: LoRARequest | None = None
@@ -44,14 +46,14 @@ class Generation:
         params: SamplingParams | PoolingParams,
         model: ServedModel,
     ) -> None:
-        """``kind`` is the prefix of the answer's id."""
+        """Prepare the requests; :meth:`start` submits them. ``kind`` is the prefix of the answer's id."""
         self.id = kind + (request_id or uuid.uuid4().hex)
         self.created = int(time.time())
         self.prompts = prompts
         self.params = params
         self.model = model.name
         self.n = params.n if isinstance(params, SamplingParams) else 1
-        """Completions per prompt."""
+        """Number of completions per prompt."""
         self._engine = engine
         self._adapter = model.adapter
         self._admission = admission
@@ -62,7 +64,7 @@ class Generation:
         self._cached_tokens = [0] * len(prompts)
         self._completion_tokens = 0
         self._lengths = [[0] * self.n for _ in prompts]
-        """Tokens of each completion, by prompt."""
+        """Number of tokens of each completion of each prompt."""
         self._running = [self.n] * len(prompts)
         """Number of unfinished completions of each prompt."""
         self._unfinished = len(prompts) * self.n

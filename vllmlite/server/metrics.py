@@ -81,11 +81,12 @@ class Metrics:
     """Metrics of an engine, observed after each step; may be scraped from any thread."""
 
     def __init__(self, model: str, max_model_len: int, stats: Callable[[], EngineStats]) -> None:
-        """``stats`` returns the engine's counters; all series have the labels ``model_name`` and ``engine``."""
+        """Start with zero counts. ``stats`` returns the engine's counters; all series have the labels ``model_name``
+        and ``engine``."""
         self._labels = {"model_name": model, "engine": "0"}
         self._stats = stats
         self._adapters: dict[str, int] = {}
-        """Name of an adapter → prompts that have been submitted with it."""
+        """Name of an adapter → number of prompts that have been submitted with it."""
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
         self.rejections = dict.fromkeys(REJECTION_REASONS, 0)
         lengths = _up_to(max_model_len)
@@ -172,7 +173,7 @@ class Metrics:
         self._adapters[name] = self._adapters.get(name, 0) + prompts
 
     def forget_adapter(self, name: str) -> None:
-        """Drop the count of an adapter that is served no longer."""
+        """Drop the count of an adapter that is no longer served."""
         self._adapters.pop(name, None)
 
     def completed(self, num_tokens: int) -> None:
@@ -348,7 +349,7 @@ def kv_usage(stats: EngineStats) -> float:
 
 
 def _drafts(stats: EngineStats, before: EngineStats) -> str:
-    """Return how drafts have fared since ``before``, for the log; empty if there were none."""
+    """Return a text for the log about the drafts since ``before``: how many were accepted; empty if there were none."""
     drafts = stats.drafts_since(before)
     if drafts is None:
         return ""
@@ -364,7 +365,7 @@ class StatsLog:
     """Periodically logs a line of statistics, if something ran."""
 
     def __init__(self, stats: Callable[[], EngineStats], interval: float) -> None:
-        """``interval``: seconds between lines."""
+        """Log every ``interval`` seconds; ``stats`` returns the engine's counters."""
         self._stats = stats
         self._interval = interval
         self._before = EngineStats()

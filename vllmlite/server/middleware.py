@@ -42,11 +42,10 @@ class RootPath:
 
 
 class Count:
-    """Counts the requests being answered, and optionally adds X-Request-Id."""
+    """Counts the requests that are being answered, and optionally adds X-Request-Id."""
 
     def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str], name_them: bool) -> None:
-        """POST requests to ``paths`` are counted. ``name_them``: answer with the client's X-Request-Id, or a new
-        one."""
+        """Count POST requests to ``paths``. ``name_them``: answer with the client's X-Request-Id, or a new one."""
         self._app = app
         self._service = service
         self._paths = paths
@@ -87,8 +86,7 @@ class RequireKey:
         only: Collection[str] | None = None,
         excepted: Collection[str] = OPEN_PATHS,
     ) -> None:
-        """``keys`` are the accepted keys. They are required for the paths in ``only`` (None: all) but those in
-        ``excepted``."""
+        """Require one of ``keys`` for the paths in ``only`` (None: all paths), except those in ``excepted``."""
         self._app = app
         self._only, self._excepted = only, excepted
         self._digests = [sha256(key.encode()).digest() for key in keys]

@@ -79,7 +79,8 @@ class ModelCard(TypedDict):
     id: str
     object: Literal["model"]
     created: Literal[0]
-    """Unknown: a checkpoint does not say, and the time of a load would differ among the replicas of a server."""
+    """Always 0: a checkpoint does not state the time, and the time of loading would differ among the replicas of a
+    server."""
     owned_by: str
     root: str
     parent: str | None

@@ -1,4 +1,4 @@
-"""``/start_profile`` and ``/stop_profile``: Chrome traces of the engine's steps."""
+"""``/start_profile`` and ``/stop_profile``: record the engine's steps as Chrome traces."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Profiler:
     """Writes traces to a directory."""
 
     def __init__(self, engine: AsyncLLM, directory: Path) -> None:
-        """``directory`` is created when the first trace is written."""
+        """Write traces to ``directory``, which is created with the first trace."""
         self._engine = engine
         self._directory = directory
         self._recording = False

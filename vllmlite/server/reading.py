@@ -1,4 +1,4 @@
-"""Reading a sequence's outputs into the parts of an answer: content, reasoning, tool calls."""
+"""Read the outputs of a sequence as parts of an answer: content, reasoning, tool calls."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Reader:
     """Reads one sequence, completely or incrementally."""
 
     def __init__(self, parser: Parser | None, tools: ToolUse) -> None:
-        """Without a ``parser`` all text is content."""
+        """Parse text with ``parser``; without one all text is content."""
         self.parser = parser
         self.called = False
         """Whether there was a tool call."""
@@ -98,7 +98,7 @@ class Reading:
     content: str = ""
     reasoning: str = ""
     calls: list[tuple[CallBegin, str]] = field(default_factory=list)
-    """(beginning, arguments) of each call."""
+    """For each call its beginning and its arguments."""
 
     @classmethod
     def of(cls, parts: Iterable[Part]) -> Reading:
@@ -153,7 +153,8 @@ async def begin_batch(
     raw_reasoning: bool,
     **details: Any,
 ) -> tuple[Generation, list[Reader]]:
-    """Start answering several conversations, once each and with the same ``params``; see :func:`begin`."""
+    """Start answering several conversations, once each and with the same ``params``; return the generation and a reader
+    for each conversation. The other arguments are those of :func:`begin`."""
     config = service.config
     truncation = service.engine.llm_engine.truncation(params)
     prompts = []

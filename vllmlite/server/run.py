@@ -37,9 +37,10 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 75
-"""Longer than clients keep idle connections; otherwise a connection might close just as they send a request."""
+"""Seconds for which idle connections are kept. It is longer than clients keep them; otherwise a connection might be
+closed just when a client sends a request."""
 CLOSING_SECONDS = 2
-"""Time for connections to close after their requests have ended."""
+"""Maximum seconds for connections to close after their requests have ended."""
 
 
 def serve(engine_config: EngineConfig, config: ServerConfig) -> int:
@@ -93,7 +94,8 @@ class Server(uvicorn.Server):
     """uvicorn's server, which drains at the first signal and exits at the second."""
 
     def __init__(self, config: uvicorn.Config, service: Service, about: str, begin: float) -> None:
-        """``about`` describes the server in the log; ``begin`` is the time at which starting began."""
+        """Serve ``service``. ``about`` describes the server in the log; ``begin`` is the time at which the start
+        began."""
         super().__init__(config)
         self._service = service
         self._about = about
@@ -216,7 +218,7 @@ class _Unlogged(logging.Filter):
     """Drops requests to some paths from uvicorn's access log."""
 
     def __init__(self, paths: str) -> None:
-        """``paths`` are separated by commas."""
+        """Drop requests to ``paths``, a list separated by commas."""
         super().__init__()
         self._paths = frozenset(path.strip() for path in paths.split(","))
 

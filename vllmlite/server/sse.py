@@ -46,7 +46,7 @@ class Chunks:
     """Encodes events that differ in their single choice only; the rest is encoded once."""
 
     def __init__(self, frame: Mapping[str, Any]) -> None:
-        """``frame`` is an event with empty ``choices``."""
+        """Encode events like ``frame``, whose ``choices`` are empty."""
         # Inside a JSON string, the quotation marks would be escaped, so the pattern only matches the field.
         self._head, empty, self._tail = event(frame).partition(b'"choices":[]')
         self._head, self._tail = self._head + empty[:-1], empty[-1:] + self._tail
@@ -101,7 +101,8 @@ class Stream(Response):
         media_type: str | None = None,
         error_event: Callable[[Exception], bytes] = error_event,
     ) -> None:
-        """``close`` is always called at the end. An exception in ``pieces`` is sent as an ``error_event``."""
+        """Send ``pieces`` one by one. ``close`` is always called at the end. An exception in ``pieces`` is sent as an
+        ``error_event``."""
         super().__init__(
             media_type=media_type, headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )

@@ -1,4 +1,4 @@
-"""The tools of a request: how they may be called, and which parser finds the calls in the answer."""
+"""The tools of a request: how the model may call them, and the parser that finds calls in the answer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class ToolUse:
     def of(
         cls, tools: Sequence[dict[str, Any]], choice: Any, parallel: bool | None, config: ServerConfig
     ) -> ToolUse:
-        """``choice`` is OpenAI's; None means ``auto`` if there are tools. Raises :class:`ParameterError`."""
+        """Return the use of ``tools`` by a request. ``choice`` is OpenAI's ``tool_choice``; None means ``auto`` if
+        there are tools. Raises :class:`ParameterError`."""
         if choice is None:
             choice = "auto" if tools else "none"
         name = ""

@@ -32,10 +32,10 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
-        """Start after ``prompt_ids``. ``stop`` strings are looked for from the ``min_tokens``-th id on."""
+        """Start after ``prompt_ids``. ``stop`` strings are searched for from the ``min_tokens``-th id on."""
         self.text = ""
         self.num_released = 0
-        """Number of characters that are released; those behind them may still become part of a stop string."""
+        """Number of characters that are released; later ones may still become part of a stop string."""
         decoder = _ByteLevelDecoder if tokenizer.is_byte_level else _TextDecoder
         self._decoder = decoder(tokenizer, prompt_ids, skip_special_tokens)
         self._num_ids = 0
@@ -99,10 +99,10 @@ class _ByteLevelDecoder:
     """Number of whole characters that are not in the text yet: always 0 here."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special: bool) -> None:
-        """Start behind the prompt, which may end in the middle of a character."""
+        """Start after the prompt, which may end in the middle of a character."""
         self._bytes_of = tokenizer.shown_bytes(skip_special)
         self._incomplete = b""
-        """First bytes of a character whose other bytes have not come."""
+        """First bytes of a character whose other bytes have not arrived."""
         self._prompt_is_open = False
         end = b""
         for token_id in reversed(prompt_ids):
@@ -133,16 +133,17 @@ class _ByteLevelDecoder:
 
 
 class _TextDecoder:
-    """Decodes tokens of any other kind: a few tokens of context with the new ones, less the context's text."""
+    """Decodes tokens of any other kind: decodes the new tokens after a few tokens of context, and removes the context's
+    text."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special: bool) -> None:
         """Start after ``prompt_ids``.
 
-        Context is what the prompt has before the byte tokens at its end, and the bytes of an incomplete character,
-        which the output may complete. The bytes of whole characters are left out: they would join a run of bytes in
-        the output. Hidden ids are left out too, as the tokenizer passes over them."""
+        The context consists of the prompt's last tokens before the byte tokens at its end, and of the bytes of an
+        incomplete character, which the output may complete. The bytes of whole characters are left out, since they
+        would join a run of bytes in the output. Hidden ids are left out too, since the tokenizer skips them."""
         self.num_held = 0
-        """Number of complete characters at the end whose run of byte tokens may go on."""
+        """Number of complete characters at the end of the text whose run of byte tokens may continue."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._utf8 = getincrementaldecoder("utf-8")("replace")
@@ -165,7 +166,7 @@ class _TextDecoder:
             before = [tokenizer.word_id]  # the output does not begin the text: decoders strip spaces there
         self._ids = [*before, *run[len(run) - self._num_open :]]
         self._read = len(before)
-        """Ids whose text has been given out: context of the others."""
+        """Number of ids whose text has been returned; they are the context of later ones."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
         """Return the text that ``token_ids`` complete."""

@@ -1,4 +1,4 @@
-"""How text is split before byte-pair merges, by the value of ``tokenizer.ggml.pre``.
+"""Splitting of text before byte-pair merges, by the value of ``tokenizer.ggml.pre``.
 
 The names are llama.cpp's. The regular expressions come from the models' own ``tokenizer.json`` and run on the same
 engine, Oniguruma in the tokenizers library.

@@ -15,7 +15,7 @@ class SlowTokenizer:
     inner: Any
     decoder: None = None
     pre_tokenizer: None = None
-    """Decoder and pre-tokenizer cannot be inspected."""
+    """Always None, like the decoder: neither can be inspected."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> SimpleNamespace:
         """Encode ``text``; the ids are in the result's ``ids``."""

@@ -31,7 +31,8 @@ MAX_IDS = 10_000_000
 LONG_TEXT = 4096
 """Longer texts (in characters) are encoded with the GIL released."""
 LEAST_TOKENS = 64
-"""A tokenizer with fewer tokens has only its special tokens: its vocabulary file was missing."""
+"""Minimum number of tokens of a usable tokenizer. One with fewer has only special tokens, since its vocabulary file was
+missing."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """Form of a token that stands for one byte, in vocabularies with byte fallback."""
 
@@ -70,7 +71,7 @@ class Tokenizer:
 
     @cached_property
     def max_token_length(self) -> int:
-        """Characters of the longest token; a text of more than n times as many cannot fit into n tokens."""
+        """Number of characters of the longest token; a text of more than n times as many cannot fit into n tokens."""
         return max(map(len, self._fast.get_vocab(with_added_tokens=True)), default=1)
 
     def bad_word_ids(self, words: Sequence[str]) -> list[list[int]]:
@@ -86,9 +87,8 @@ class Tokenizer:
     def encode(
         self, text: str, add_special_tokens: bool = True, truncation: Truncation | None = None
     ) -> list[int]:
-        """Return the ids of ``text``, with the special tokens that the tokenizer adds; ``truncation`` spares these.
-
-        Raises :class:`ParameterError` if ``text`` contains a lone surrogate."""
+        """Return the ids of ``text``, including the special tokens that the tokenizer adds, which ``truncation`` does
+        not drop. Raises :class:`ParameterError` if ``text`` contains a lone surrogate."""
         try:
             ids = self._encoded(text, add_special_tokens)
         except (TypeError, UnicodeEncodeError):
@@ -253,7 +253,7 @@ class Tokenizer:
 
     @cached_property
     def _template_of(self) -> Callable[[str], ChatTemplate]:
-        """A cached function from Jinja source to :class:`ChatTemplate`, which remembers what it probed."""
+        """Cached function that returns the :class:`ChatTemplate` of a Jinja source."""
         from vllmlite.chat.template import ChatTemplate
 
         special = {"bos_token": "", "eos_token": "", **self.special_tokens}
@@ -268,7 +268,7 @@ class Tokenizer:
 
     @cached_property
     def _num_added(self) -> tuple[int, int]:
-        """Number of ids that the tokenizer adds before and after a text."""
+        """Numbers of ids that the tokenizer adds before and after a text."""
         whole, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
         spare = len(whole) - len(bare)
         before = next((n for n in range(spare + 1) if whole[n : n + len(bare)] == bare), 0)

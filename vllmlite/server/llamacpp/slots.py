@@ -1,8 +1,8 @@
 """llama.cpp's ``/slots/ID``: save the prompt of a slot to a file, restore it, or erase it.
 
-A slot is here the text of the last ``/completion`` or ``/infill`` with that ``id_slot``, which is 0 unless it is given.
-The blocks that the cache has of it are saved. Restored blocks are found by any prompt that begins with the same
-tokens."""
+A slot is the text of the last ``/completion`` or ``/infill`` with that ``id_slot``, which is 0 by default. Those of its
+blocks that are in the cache are saved. Restored blocks are used by any prompt that begins with the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from vllmlite.server.sse import JSON
 router = APIRouter()
 
 MOST_SLOTS = 1024
-"""Texts that are remembered at most, the last ones."""
+"""Maximum number of texts that are remembered, the latest ones."""
 
 
 class SlotFile(Request):
@@ -76,7 +76,7 @@ async def change_slot(
 
 
 def remember(service: Service, id_slot: int, token_ids: list[int]) -> None:
-    """Make ``token_ids`` the text of a slot."""
+    """Record ``token_ids`` as the text of a slot."""
     if service.engine.llm_engine.config.slot_save_path is not None:
         service.slots.pop(max(id_slot, 0), None)
         service.slots[max(id_slot, 0)] = tuple(token_ids)

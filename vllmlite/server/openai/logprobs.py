@@ -20,7 +20,7 @@ LOWEST = -9999.0
 """Replaces minus infinity, which JSON lacks; vLLM's value."""
 
 ALL = -1
-"""Number of most likely tokens that means the whole vocabulary."""
+"""Value of a number of most likely tokens that means the whole vocabulary."""
 
 Entries = Sequence[Mapping[int, Logprob] | None]
 """One mapping per token, with the token itself first; None for the first token of a prompt."""

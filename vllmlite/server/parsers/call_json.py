@@ -72,11 +72,11 @@ class CallReader:
     A string is taken as the JSON text it contains; null or missing arguments become ``{}``."""
 
     def __init__(self, names: frozenset[str] | None = None) -> None:
-        """``names``: the accepted names; None accepts all."""
+        """Accept calls of the functions ``names``; None accepts all."""
         self.name: str | None = None
         self.ended = False
         self.broken = False
-        """The text is not such an object; nothing more of it is used."""
+        """Whether the text is not such an object; nothing more of it is used then."""
         self._names = names
         self._step = self._open
         self._key = ""
@@ -96,7 +96,7 @@ class CallReader:
 
     @property
     def begins_name(self) -> bool:
-        """Whether the name is known, or what has arrived of it may still become an accepted name."""
+        """Whether the name is known to be accepted, or the part that has arrived can still become an accepted name."""
         if self.name is not None:
             return True
         prefix = self._value[1:] if self._step == self._in_string and self._key == "name" else None

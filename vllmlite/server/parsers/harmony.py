@@ -74,8 +74,8 @@ class Harmony:
         return Reasoning(text) if self._kind is Reasoning else Content(text)
 
     def _begin(self, header: str) -> Iterator[Part]:
-        """Derive from ``header`` what the message after it is: a call if the header names a recipient, which yields a
-        CallBegin, else reasoning or content."""
+        """Begin the message with the given ``header``: a call, with a CallBegin, if the header names a recipient, else
+        reasoning or content."""
         recipient = _RECIPIENT.search(header)
         if recipient is not None:
             self._kind = CallArguments

@@ -81,9 +81,8 @@ def merged(parts: Iterable[Part]) -> list[Part]:
 Tools: TypeAlias = Mapping[str, Any]
 """JSON Schemas of the tools' parameters, by tool name."""
 State: TypeAlias = Callable[[bool], bool]
-"""A state: processes the text and returns whether it made progress.
-
-The argument says whether the text has ended, so that no more text can be waited for."""
+"""A state of a parser: a method that processes received text and returns whether it made progress. The argument is True
+if the text has ended, so that no more text will arrive."""
 
 
 class ToolParser:
@@ -94,7 +93,7 @@ class ToolParser:
     dropped."""
 
     def __init__(self, tools: Tools) -> None:
-        """``tools``: the tools of the request."""
+        """Parse an answer to a request with ``tools``."""
         self._tools = tools
         self._text = ""
         """Text that was received but not yet processed."""

@@ -13,18 +13,18 @@ from vllmlite.server.parsers.parts import CallArguments, ToolParser, Tools
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*")
 _WORDS = {"true": True, "false": False, "null": None}
-"""JSON's names of values, which models write as well as Python's."""
+"""JSON's names of values, which models also write in Python calls."""
 
 
 @dataclass(frozen=True, slots=True)
 class PythonMarks:
-    """How a model family marks its calls."""
+    """The markers with which a model family encloses calls."""
 
     opening: tuple[str, ...] = ()
     """Opening markers; if there are none, calls are the whole answer."""
     closing: str = ""
     bracketed: bool = True
-    """Whether the calls are in a list, or one per line."""
+    """Whether the calls are in a list; otherwise there is one per line."""
 
 
 class Pythonic(ToolParser):

@@ -9,7 +9,7 @@ from vllmlite.server.parsers.parts import Content, Parser, Part, Reasoning, merg
 
 @dataclass(frozen=True, slots=True)
 class ThinkStyle:
-    """How a model family marks its reasoning."""
+    """The markers with which a model family encloses its reasoning."""
 
     opening: str
     closing: str
@@ -56,7 +56,8 @@ class ThinkParser:
     """Parses reasoning, then content, which is passed to another parser if there is one."""
 
     def __init__(self, style: ThinkStyle, prompt: str, then: Parser | None = None) -> None:
-        """``prompt`` shows whether the chat template has already opened the reasoning, or closed it."""
+        """Parse an answer to ``prompt``, in which the chat template may have opened the reasoning already, or closed
+        it. ``then`` parses the content after the reasoning."""
         self._style = style
         self._then = then
         self._text = ""

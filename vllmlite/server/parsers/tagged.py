@@ -30,7 +30,7 @@ class Tags:
     closing: tuple[str, ...]
     """Tags that close a call, in order; all but the first are optional."""
     lines: bool
-    """Whether texts are on lines of their own."""
+    """Whether names and values are on lines of their own."""
 
 
 class Tagged(ToolParser):

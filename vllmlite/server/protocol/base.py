@@ -30,14 +30,14 @@ MAX_TOOLS = 1024
 
 
 class Unknown(NamedTuple):
-    """A request field that has no effect, because its object has no such field."""
+    """A request field that has no effect, because the object it belongs to has no field of that name."""
 
     place: str
     """Path of the field, such as stream_options.name."""
     value: Any
     reason: str = "no such parameter"
     names: Collection[str] = ()
-    """Names of the fields that the object has."""
+    """Names of the fields that the object does have."""
 
 
 class Request(BaseModel):
@@ -45,7 +45,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
     text_changing: ClassVar[Mapping[str, Absent]] = {}
-    """Names that are refused unless their value asks for nothing."""
+    """Names of fields that are refused, unless their value has no effect."""
     closed: ClassVar[bool] = False
     """Whether all unknown names are refused, because any might change the text."""
 
@@ -166,7 +166,8 @@ Stops = TypeAliasType(
     "Stops",
     Annotated[list[str], FailFast(), BeforeValidator(_as_list, json_schema_input_type=str | list[str])],
 )
-"""Lists whose validation stops at the first error, however many a hostile request has."""
+"""List of stop strings whose validation stops at the first error, so that a hostile request with many errors costs
+little."""
 
 
 class Usage(TypedDict):

@@ -1,4 +1,5 @@
-"""Rules for request fields that an endpoint does not have: a field that changes the text is honoured or refused.
+"""Rules for request fields that an endpoint does not have: a field that would change the text is refused, others are
+ignored.
 
 The tables list names that change the text, and names without effect. An endpoint's own fields take precedence. Other
 unknown fields are ignored and logged once; ``--strict-requests`` refuses them.
@@ -202,7 +203,8 @@ _OTHER_ENDPOINTS: Mapping[str, Absent] = {
 """Fields that other endpoints of this server honour."""
 
 TEXT_CHANGING: Mapping[str, Absent] = {**_OTHER_ENDPOINTS, **PROMPT_CHANGING, **_SAMPLERS, **_FEATURES}
-"""Fields known to change the text; an endpoint without them refuses them unless they ask for nothing."""
+"""Fields known to change the text; an endpoint that does not have them refuses them, unless their value has no
+effect."""
 
 RESPONSES_TEXT_CHANGING: Mapping[str, Absent] = {
     **TEXT_CHANGING,

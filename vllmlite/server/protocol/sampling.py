@@ -61,7 +61,7 @@ class ResponseFormat(Request):
     )
 
     def params(self) -> StructuredOutputsParams | None:
-        """Return the structure; None allows any text. Raises :class:`ParameterError`."""
+        """Return the required structure, or None if any text is allowed. Raises :class:`ParameterError`."""
         match self.type:
             case "text":
                 return None

@@ -81,7 +81,7 @@ class Items:
     """Builds the output items of one answer from its parts, and the stream events of each part."""
 
     def __init__(self, call_id: Callable[[CallBegin], str], role: str) -> None:
-        """``role`` is the role of messages."""
+        """Build the items of an answer whose messages have ``role``; ``call_id`` returns the id of a call."""
         self.items: list[OutputItem] = []
         self._call_id = call_id
         self._role = role

@@ -19,7 +19,7 @@ from vllmlite.server.sse import to_json
 
 MAX_BYTES_PER_KEY = 64 << 20
 MAX_BYTES = 256 << 20
-"""Limits of the stored responses of one API key and of all keys, as JSON."""
+"""Maximum bytes of the stored responses, as JSON, of one API key and of all keys."""
 
 
 @dataclass(slots=True)
@@ -49,7 +49,7 @@ class _Shelf:
 
     entries: OrderedDict[str, StoredResponse] = field(default_factory=OrderedDict)
     size: int = 0
-    """Bytes of the entries together."""
+    """Total bytes of the entries."""
 
     def forget(self, response_id: str) -> None:
         if (entry := self.entries.pop(response_id, None)) is not None:
@@ -67,8 +67,9 @@ class _Shelf:
 class ResponseStore:
     """Stored responses by API key and id.
 
-    A key over its own limits loses its oldest responses. Where all keys together are over the limit, the key that has
-    most loses its oldest ones: a key with no more than its equal share loses nothing to others."""
+    If a key exceeds its limits, its oldest responses are dropped. If all keys together exceed the limit, the oldest
+    responses of the key with the most are dropped, so that a key within its equal share loses nothing because of
+    others."""
 
     def __init__(self, limit: int) -> None:
         """Keep at most ``limit`` responses for each API key; 0 keeps none."""
@@ -80,7 +81,7 @@ class ResponseStore:
         return self._limit > 0 and wanted is not False
 
     def find(self, owner: bytes, response_id: str, param: str = "response_id") -> StoredResponse:
-        """Return a response of ``owner``. Raises :class:`ApiError` if there is none, or no longer."""
+        """Return a response of ``owner``. Raises :class:`ApiError` if there is none, or it is no longer stored."""
         found = self._shelf(owner).entries.get(response_id)
         if found is None:
             why = "it was never stored, or was dropped for newer ones" if self._limit else STATELESS
@@ -103,7 +104,7 @@ class ResponseStore:
         return found.conversation
 
     def keep(self, stored: StoredResponse) -> None:
-        """Store a response, or its new state. Older finished ones make room."""
+        """Store a response, or its new state. Older finished responses are dropped to make room."""
         response_id = stored.response["id"]
         shelf = self._shelf(stored.owner)
         shelf.forget(response_id)
@@ -119,9 +120,8 @@ class ResponseStore:
                 break
 
     def begin(self, stored: StoredResponse) -> None:
-        """Store a response that is to be made in the background.
-
-        Raises :class:`ApiError` if as many of the same key as are kept are being made already."""
+        """Store a response that is to be generated in the background. Raises :class:`ApiError` if the key already has
+        as many unfinished ones as it may store."""
         running = sum(entry.task is not None for entry in self._shelf(stored.owner).entries.values())
         if running >= self._limit:
             raise ApiError(
