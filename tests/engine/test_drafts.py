@@ -67,6 +67,20 @@ def test_right_drafts_divide_the_number_of_steps(depth: int, prompts: int) -> No
     assert_idle(engine)
 
 
+def test_the_stages_of_a_pipeline_do_not_wait_for_drafts() -> None:
+    """Each of two requests is in every second step; neither waits for the other's drafts."""
+    engine, runner = make_engine(num_blocks=400, depth=2, stages=2, drafts=4, right=1.0, cost=FREE)
+    schedules = noted(runner)
+    prompts = [[1, 2, 3], [4, 5, 6]]
+    for number, prompt in enumerate(prompts):
+        engine.add_request(str(number), prompt, long())
+    done = run(engine)
+    assert [done[str(number)][0] for number in range(2)] == [
+        expected(prompt, 200, eos=()) for prompt in prompts
+    ]
+    assert [schedule.slots for schedule in schedules] == [[0], [1]] * 41
+
+
 def test_acceptance_does_not_decay_over_a_long_text_with_prefix_caching() -> None:
     """The last quarter of a text takes as many steps as its first."""
     engine, runner = make_engine(num_blocks=1000, budget=256, drafts=4, right=0.8, cost=FREE)

@@ -28,6 +28,7 @@ def make_engine(
     places: int = 0,
     preemption_mode: str = "auto",
     disk: FakeDisk | None = None,
+    stages: int = 1,
 ) -> tuple[Engine, FakeRunner]:
     limits = Limits(
         max_num_seqs=max_num_seqs,
@@ -37,6 +38,7 @@ def make_engine(
         block_size=block_size,
         num_blocks=num_blocks,
         enable_prefix_caching=caching,
+        stages=stages,
     )
     runner = FakeRunner(limits, fail_at, right)
     drafting = DraftPolicy(drafts, overlapped=depth > 1, cost=cost or StepCost())

@@ -388,13 +388,10 @@ class EngineConfig:
             raise ParameterError(
                 "distributed_executor_backend", "uni", "runs one rank; leave it out for several"
             )
-        others = {"enable_sleep_mode": self.enable_sleep_mode}
-        speculative = self.speculative()
-        if speculative is not None and speculative.draft is not None and self.pipeline_parallel_size > 1:
-            others["a draft model"] = True
-        for other, used in others.items():
-            if used:
-                raise ParameterError(name, getattr(self, name), f"must be 1 with {other} in this version")
+        if self.enable_sleep_mode:
+            raise ParameterError(
+                name, getattr(self, name), "must be 1 with enable_sleep_mode in this version"
+            )
 
     @property
     def num_ranks(self) -> int:

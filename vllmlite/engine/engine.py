@@ -220,8 +220,11 @@ class Engine(CanSleep):
         try:
             if self.scheduler.adapters.in_use:
                 self._load_adapters(outputs, 0.0)
+            in_pipeline = (
+                self.scheduler.limits.stages > 1
+            )  # where steps in flight have other requests in any case
             while len(self._in_flight) < self._steps_in_flight:
-                if self._in_flight and self._in_flight[-1][0].holds_back():
+                if self._in_flight and not in_pipeline and self._in_flight[-1][0].holds_back():
                     break
                 now = time.monotonic()
                 schedule, rows = self.scheduler.schedule(now)

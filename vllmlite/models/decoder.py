@@ -118,10 +118,11 @@ class Decoder:
         load = _Loader(spec, backend, weights, ropes)
         self._linears = load.linears
         stage, projected = spec.stage, spec.embedding_size is not None
-        if stage.is_first:
+        if stage.has_table:
             table = backend.tensor(weights.floats(TABLE), backend.dtype)
             self._embed = load.named(table, EMBEDDING_PLACE)
             weights.release([TABLE])
+        if stage.is_first:
             self._positions = (
                 backend.tensor(weights.floats("positions.weight"), backend.dtype)
                 if spec.learned_positions
@@ -154,17 +155,24 @@ class Decoder:
         self, batch: ForwardBatch, kv: KVCache, kept: Sequence[int], rows: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """Compute :meth:`forward`, and copies of the hidden states ``kept`` of the tokens ``rows``, int32 ``[N]``.
-        Layer numbers in ``kept`` stand for the layers' inputs, and :data:`FINAL` for the result of :meth:`forward`."""
-        ops = self.backend
-        if self.spec.stage.is_first:
-            x = self._embedded(batch)
-        else:
-            x = self._comm.receive((batch.num_tokens, self.spec.hidden_size), "float32")
-        x, residual, states = self.through_layers(x, batch, kv, kept, rows)
-        if not self.spec.stage.is_last:
+        Layer numbers in ``kept`` stand for the layers' inputs, and :data:`FINAL` for the result of :meth:`forward`.
+
+        A stage of a pipeline sends the hidden states of all tokens to the next stage, after its result."""
+        ops, stage, shape = self.backend, self.spec.stage, (batch.num_tokens, self.spec.hidden_size)
+        own = [layer - stage.first for layer in kept if layer >= stage.first]
+        earlier = {layer for layer in kept if FINAL < layer < stage.first}
+        x = self._embedded(batch) if stage.is_first else self._comm.receive(shape, "float32")
+        states = {layer: self._comm.receive(shape, "float32") for layer in sorted(earlier)}
+        if kept and not stage.is_last:
+            rows = ops.tensor(np.arange(batch.num_tokens, dtype=np.int32))
+        x, residual, found = self.through_layers(x, batch, kv, own, rows)
+        states |= {layer + stage.first: state for layer, state in found.items()}
+        if not stage.is_last:
             x = x if residual is None else ops.add(x, residual)
-            self._comm.send(x)
+            for tensor in (x, *(states[layer] for layer in sorted(states))):
+                self._comm.send(tensor)
             return x, []
+        states |= {layer: ops.rows(states[layer], rows) for layer in earlier}
         x = self._normed(x, self._final_norm, residual)[0]
         if self._project_out is not None:
             x = self._linear(x, self._project_out, batch)

@@ -163,7 +163,12 @@ def _layer_spec(path: Path, model: DecoderSpec, layout: Layout) -> DecoderSpec:
     layer = replace(model.layers[-1], window=None)
     keys = replace(model.keys, prefix=layout.prefix, layer=layout.layer)
     return replace(
-        model, layers=(layer,), keys=keys, stage=Stage(is_first=False, is_last=False), shard=None, whole=None
+        model,
+        layers=(layer,),
+        keys=keys,
+        stage=Stage(is_first=False, has_table=False, is_last=False),
+        shard=None,
+        whole=None,
     )
 
 

@@ -15,17 +15,19 @@ def whole(spec: DecoderSpec) -> Shard:
     return Shard(0, 1, (0, spec.num_heads), (0, spec.num_kv_heads))
 
 
-def part_of(spec: DecoderSpec, rank: int, world: int, stages: int) -> DecoderSpec:
+def part_of(
+    spec: DecoderSpec, rank: int, world: int, stages: int, last_has_table: bool = False
+) -> DecoderSpec:
     """Return the spec of the part that rank ``rank`` of ``world`` computes in a pipeline of ``stages``, each of which
-    has as many ranks as the others, one stage after the other. Raises ParameterError as :func:`sharded` does."""
+    has as many ranks as the others, one stage after the other; see :func:`staged` and :func:`sharded`."""
     ranks = world // stages
-    return sharded(staged(spec, rank // ranks, stages), rank % ranks, ranks)
+    return sharded(staged(spec, rank // ranks, stages, last_has_table), rank % ranks, ranks)
 
 
-def staged(spec: DecoderSpec, stage: int, stages: int) -> DecoderSpec:
+def staged(spec: DecoderSpec, stage: int, stages: int, last_has_table: bool = False) -> DecoderSpec:
     """Return the spec of stage ``stage`` of ``stages``: some layers of ``spec``. If the layers cannot be divided
-    evenly, the last stages, which also have the output layer, have one layer less. Raises ParameterError for more
-    stages than layers."""
+    evenly, the last stages, which also have the output layer, have one layer less. ``last_has_table`` gives the last
+    stage the table of embeddings too. Raises ParameterError for more stages than layers."""
     if stages == 1:
         return spec
     if stages > spec.num_layers:
@@ -34,13 +36,14 @@ def staged(spec: DecoderSpec, stage: int, stages: int) -> DecoderSpec:
             stages,
             f"must be at most {spec.num_layers}, the layers of {spec.architecture}",
         )
+    is_last = stage == stages - 1
     each, more = divmod(spec.num_layers, stages)
     first, last = (number * each + min(number, more) for number in (stage, stage + 1))
     return replace(
         spec,
         layers=spec.layers[first:last],
         shard=whole(spec),
-        stage=Stage(first, stage == 0, stage == stages - 1),
+        stage=Stage(first, stage == 0, stage == 0 or (is_last and last_has_table), is_last),
         whole=spec,
     )
 

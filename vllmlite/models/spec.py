@@ -110,7 +110,9 @@ class Stage:
     first: int = 0
     """Number of the stage's first layer in the whole model."""
     is_first: bool = True
-    """Whether the stage has the embedding."""
+    """Whether the stage computes the embeddings of tokens."""
+    has_table: bool = True
+    """Whether the stage has the table of embeddings, because it is the first or because its drafts read the table."""
     is_last: bool = True
     """Whether the stage has the final norm and the output layer."""
 

@@ -46,6 +46,8 @@ class _Sources:
 
     def all(self) -> Named:
         spec, stage = self.spec, self.spec.stage
+        if stage.has_table:
+            yield TABLE, self.table()
         if stage.is_first:
             yield from self.embeddings()
         for index in range(spec.num_layers):
@@ -53,11 +55,14 @@ class _Sources:
         if stage.is_last:
             yield from self.outputs()
 
-    def embeddings(self) -> Named:
-        """Return the tensors before the first layer."""
+    def table(self) -> Source:
+        """Return the table of embeddings."""
         spec, keys = self.spec, self.keys
-        table = (spec.vocab_size, spec.output_size)
-        yield TABLE, _whole(f"{keys.prefix}{keys.embedding}.weight", table)
+        return _whole(f"{keys.prefix}{keys.embedding}.weight", (spec.vocab_size, spec.output_size))
+
+    def embeddings(self) -> Named:
+        """Return the tensors before the first layer other than the table of embeddings."""
+        spec, keys = self.spec, self.keys
         if spec.learned_positions:
             stored = spec.learned_positions + spec.position_offset, spec.hidden_size
             yield (

@@ -14,6 +14,7 @@ from vllmlite.backends.comm import Comm
 from vllmlite.backends.cores import usable_cores
 from vllmlite.backends.select import BackendRequest, select_backend
 from vllmlite.config.engine_config import EngineConfig
+from vllmlite.config.speculative import WITH_STATES
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
@@ -25,9 +26,9 @@ from vllmlite.models.shard import part_of
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import stored_schemes
 from vllmlite.runner.cache_tiers import HostPlaces, host_places
-from vllmlite.runner.propose.loading import load_drafter
+from vllmlite.runner.propose.loading import load_drafter, read_states
 from vllmlite.runner.propose.lookup import lookup_proposer
-from vllmlite.runner.propose.proposer import Proposer
+from vllmlite.runner.propose.proposer import EarlierStages, Proposer
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import most_positions, num_cache_blocks, num_host_places
 from vllmlite.runner.step_times import step_times, waiting_time
@@ -134,9 +135,12 @@ def build_runner(
 
     ``connect`` connects this rank's backend to the other ranks. All ranks build at the same time from equal arguments,
     and ``config.seed`` must not be -1. Raises ModelError, BackendError or ParameterError."""
-    stages = config.pipeline_parallel_size
+    stages, options = config.pipeline_parallel_size, config.speculative()
     if plan.spec is not None:
-        plan = replace(plan, spec=part_of(plan.spec, rank, world, stages))
+        drafts_read_table = (
+            options is not None and options.draft is not None and options.draft.method in WITH_STATES
+        )
+        plan = replace(plan, spec=part_of(plan.spec, rank, world, stages, drafts_read_table))
     elif world > 1:
         raise ParameterError("tensor_parallel_size", world, "transformers' models run on 1 rank")
     path, at_load = plan.path, config.quantization if plan.quantization is None else None
@@ -190,14 +194,16 @@ def build_runner(
     )
     if model.kv_spec.dtype != backend.dtype:
         choice += f"; key/value cache in {model.kv_spec.dtype}"
-    options = config.speculative()
     draft = None if options is None else options.draft
-    drafter = None
+    drafter, samples = None, plan.spec is None or plan.spec.stage.is_last
     models, caches = [model], [model.kv_spec]
     if draft is not None and options is not None:
         choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model or 'its MTP layer'}"
-        drafter = load_drafter(config, draft, model, packing, num_positions, rank, world)
-        models, caches = [*models, *drafter.models], [*caches, *drafter.caches]
+        if samples:
+            drafter = load_drafter(
+                config, draft, model, packing, num_positions, backend.comm.rank, world // stages
+            )
+            models, caches = [*models, *drafter.models], [*caches, *drafter.caches]
     backend.comm.least(0)  # all ranks have loaded their weights: the memory that is free now is for caches
     adapters = AdapterLimits(config.max_loras, config.max_lora_rank) if config.enable_lora else None
     reserved = (
@@ -239,7 +245,7 @@ def build_runner(
             enforce_eager=config.enforce_eager,
             proposer=proposer,
             adapters=adapters,
-            samples=plan.spec is None or plan.spec.stage.is_last,
+            samples=samples,
             num_places=num_places,
         )
         _capture_graphs(runner)
@@ -248,6 +254,8 @@ def build_runner(
     proposer: Proposer | None = None
     if drafter is not None:
         proposer = drafter.proposer(runner_of, num_blocks, longest)
+    elif draft is not None and plan.spec is not None:
+        proposer = EarlierStages(read_states(config, draft, plan.spec))
     elif options is not None:
         proposer = lookup_proposer(options, config.max_num_seqs, backend.extension)
     places = num_host_places(config, backend, model)
@@ -262,7 +270,7 @@ def build_runner(
     draft_times: list[tuple[int, float]] = []
     if options is not None:
         times = step_times(runner.profile, config.max_num_seqs * longest, backend.device, agree)
-    if drafter is not None and proposer is not None:
+    if draft is not None and proposer is not None:
         draft_times = step_times(proposer.profile, config.max_num_seqs, backend.device, agree)
     wait = waiting_time(runner.profile) if options is not None and backend.asynchronous else 0.0
     host = host_places(config, plan, runner, num_blocks, longest)

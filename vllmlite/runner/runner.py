@@ -219,7 +219,7 @@ class ModelRunner:
         device_batch = self.backend.upload(batch, self.slots, self.model.kv_spec, key)
         if not self.samples:
             if key is None:
-                self.model.forward(device_batch, self.kv)
+                self._forward(device_batch)
             else:
                 self.graphs.run(key, device_batch)
             return launched

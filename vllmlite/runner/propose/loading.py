@@ -9,17 +9,18 @@ from typing import TypeAlias
 
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.config.speculative import FIELD, MTP, DraftCheckpoint
+from vllmlite.config.speculative import EAGLE, FIELD, MTP, DraftCheckpoint
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
-from vllmlite.models.decoder import Decoder
+from vllmlite.models.decoder import FINAL, Decoder
 from vllmlite.models.eagle import EagleHead, read_eagle
 from vllmlite.models.interface import Model
 from vllmlite.models.medusa import MedusaHeads
 from vllmlite.models.mtp import MtpHead
 from vllmlite.models.plan import Plan, check_quantization, plan_model
 from vllmlite.models.shard import sharded
+from vllmlite.models.spec import DecoderSpec
 from vllmlite.runner.propose.draft_model import ModelProposer
 from vllmlite.runner.propose.eagle import DraftHead, EagleProposer
 from vllmlite.runner.propose.medusa import MedusaProposer
@@ -134,6 +135,14 @@ def load_drafter(
     return Drafter((model,), (model.kv_spec,), proposer)
 
 
+def read_states(config: EngineConfig, draft: DraftCheckpoint, target: DecoderSpec) -> tuple[int, ...]:
+    """Return the layers of a model, of which ``target`` is a stage, whose inputs the drafts of ``draft`` read."""
+    if draft.method not in EAGLE:
+        return ()
+    spec = read_eagle(_find(config, draft), draft.method, target.whole or target)
+    return tuple(layer for layer in spec.states if layer != FINAL)
+
+
 def _load_heads(
     config: EngineConfig, draft: DraftCheckpoint, target: Model, packing: Packing, longest: int
 ) -> Drafter:
@@ -157,7 +166,7 @@ def _load_heads(
             seed=config.seed,
         )
     else:
-        eagle = read_eagle(path, draft.method, target.spec)
+        eagle = read_eagle(path, draft.method, target.spec.whole or target.spec)
         head = EagleHead(eagle, target, num_positions=longest, block_size=config.block_size)
 
     def proposer(runner_of: RunnerOf, num_blocks: int, longest: int) -> Proposer:

@@ -51,3 +51,22 @@ class Proposer(Protocol):
     def profile(self, num_rows: int) -> None:
         """Compute one draft in each of ``num_rows`` rows and discard it, to measure its time."""
         return None
+
+
+class EarlierStages(Proposer):
+    """Represents, in the earlier stages of a pipeline, the proposer of the last stage, which reads their hidden
+    states."""
+
+    def __init__(self, states: Sequence[int]) -> None:
+        """Have the stages pass on the inputs of the layers ``states``."""
+        self.states = states
+
+    def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
+        """Do nothing."""
+
+    def launch(self, slots: Sequence[int]) -> None:
+        """Do nothing."""
+
+    def collect(self, handle: None, token_ids: Sequence[list[int]], wanted: Sequence[int]) -> list[list[int]]:
+        """Propose nothing."""
+        return [[] for _ in wanted]
