@@ -27,7 +27,7 @@ from typing import Any
 
 from vllmlite.cli.bench_plot import distributions
 from vllmlite.engine.block_pool import root_digest
-from vllmlite.engine.routing import Router
+from vllmlite.engine.routing import Router, prefix_of
 
 POLICIES = ("round-robin", "least-requests", "prefix")
 ROUTER_BLOCK = 64
@@ -121,8 +121,8 @@ class Server:
     waiting: deque[_Prefilling] = field(default_factory=deque)
     running: list[tuple[int, int, Call]] = field(default_factory=list)
     """Heap of running sequences: the step in which it ends, a tie-breaker, the request."""
-    cached: OrderedDict[tuple[int, int], None] = field(default_factory=OrderedDict)
-    """Prefixes in the cache, as (hash of the tokens, blocks), the least recently used first."""
+    cached: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    """Hashes of the blocks in the cache, the least recently used first."""
     steps: int = 0
     busy_until: float = 0.0
     stepping: bool = False
@@ -131,14 +131,14 @@ class Server:
     hits: int = 0
     queried: int = 0
 
-    def add(self, call: Call, hashes: Sequence[int]) -> None:
-        """Queue a request; the prompt tokens that are in the cache need no computing."""
-        known = next((n for n in range(len(hashes), 0, -1) if (hashes[n - 1], n) in self.cached), 0)
+    def add(self, call: Call, hashes: Sequence[bytes]) -> None:
+        """Queue a request whose prompt has blocks with these ``hashes``; those in the cache need no computing."""
+        known = next((n for n in range(len(hashes), 0, -1) if hashes[n - 1] in self.cached), 0)
         self.hits += known * ROUTER_BLOCK
         self.queried += len(call.prompt)
-        for n in range(len(hashes), 0, -1):
-            self.cached[hashes[n - 1], n] = None
-            self.cached.move_to_end((hashes[n - 1], n))
+        for digest in reversed(hashes):
+            self.cached[digest] = None
+            self.cached.move_to_end(digest)
         while len(self.cached) > self.costs.cache_tokens // ROUTER_BLOCK:
             self.cached.popitem(last=False)
         self.waiting.append(_Prefilling(call, max(1, len(call.prompt) - known * ROUTER_BLOCK)))
@@ -201,18 +201,15 @@ def simulate(
         if arrivals and (not events or arrivals[0].arrival <= events[0][0]):
             call = arrivals.popleft()
             name = str(id(call))
+            prefix = prefix_of(call.prompt, ROOT, ROUTER_BLOCK)
             if policy == "prefix":
-                index = router.choose(name, call.prompt, ROOT)
+                index = router.route(name, prefix)
             elif policy == "round-robin":
                 index = next(turns) % servers
             else:
                 index = min(range(servers), key=open_requests.__getitem__)
             open_requests[index] += 1
-            hashes, seen = [], 0
-            for start in range(0, len(call.prompt) - ROUTER_BLOCK, ROUTER_BLOCK):
-                seen = hash((seen, *call.prompt[start : start + ROUTER_BLOCK]))
-                hashes.append(seen)
-            fleet[index].add(call, hashes)
+            fleet[index].add(call, prefix.hashes)
             if not fleet[index].stepping:
                 begin(index, call.arrival)
         else:
