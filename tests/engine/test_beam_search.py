@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import pytest
-from engine_runs import assert_idle, make_engine
+from engine_runs import assert_idle, engine_options, make_engine
 from fake_runner import EOS, VOCAB
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -72,35 +73,26 @@ requests = st.lists(
 @given(
     arrivals=requests,
     spare_blocks=st.integers(0, 4),
-    block_size=st.sampled_from([1, 2, 4]),
-    max_num_seqs=st.integers(4, 16),
-    budget=st.integers(4, 40),
-    mixed=st.integers(1, 40),
-    caching=st.booleans(),
-    depth=st.integers(1, 3),
-    drafts=st.sampled_from([0, 2]),
+    options=engine_options(
+        block_size=st.sampled_from([1, 2, 4]),
+        max_num_seqs=st.integers(4, 16),
+        budget=st.integers(4, 40),
+        drafts=st.sampled_from([0, 2]),
+    ),
 )
 def test_beams_do_not_depend_on_other_requests(
     arrivals: list[tuple[int, list[int], int, int, int | None, float]],
     spare_blocks: int,
-    block_size: int,
-    max_num_seqs: int,
-    budget: int,
-    mixed: int,
-    caching: bool,
-    depth: int,
-    drafts: int,
+    options: dict[str, Any],
 ) -> None:
     """Random load, in a pool that is hardly larger than the largest request, with preemptions and aborts."""
+    block_size = options["block_size"]
     needed = [
         most_blocks(max(width, 1), len(prompt), len(prompt) + max_tokens, block_size)
         for _, prompt, max_tokens, width, _, _ in arrivals
     ]
     num_blocks = max(*needed, -(-32 // block_size)) + spare_blocks
-    engine, _ = make_engine(
-        num_blocks, block_size, max_num_seqs=max_num_seqs, budget=budget, mixed=mixed, max_model_len=32,
-        caching=caching, depth=depth, drafts=drafts,
-    )  # fmt: skip
+    engine, _ = make_engine(num_blocks, max_model_len=32, **options)
     pending = dict(enumerate(arrivals))
     aborts: dict[int, int] = {}
     found: dict[int, list[Hypothesis]] = {}

@@ -6,9 +6,10 @@ import random
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
-from engine_runs import assert_idle, make_engine, run
+from engine_runs import assert_idle, engine_options, make_engine, run
 from fake_disk import FakeDisk
 from fake_runner import EOS, VOCAB, FakeRunner, expected
 from hypothesis import given, settings
@@ -52,50 +53,21 @@ arrivals = st.builds(
 @given(
     requests=st.lists(arrivals, min_size=1, max_size=14),
     spare_blocks=st.integers(0, 20),
-    block_size=st.sampled_from([1, 2, 4, 16]),
-    max_num_seqs=st.integers(1, 6),
-    budget=st.integers(1, 40),
-    mixed=st.integers(1, 40),
-    caching=st.booleans(),
-    depth=st.integers(1, 3),
-    drafts=st.sampled_from([0, 1, 4]),
-    right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-    places=st.sampled_from([0, 0, 1, 4, 40]),
-    preemption_mode=st.sampled_from(PREEMPTION_MODES),
-    disk=st.none() | st.builds(FakeDisk, st.integers(0, 9), st.sampled_from([0.0, 0.3])),
+    options=engine_options(
+        block_size=st.sampled_from([1, 2, 4, 16]),
+        drafts=st.sampled_from([0, 1, 4]),
+        right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+        places=st.sampled_from([0, 0, 1, 4, 40]),
+        preemption_mode=st.sampled_from(PREEMPTION_MODES),
+        disk=st.none() | st.builds(FakeDisk, st.integers(0, 9), st.sampled_from([0.0, 0.3])),
+    ),
 )
 def test_outputs_do_not_depend_on_other_requests(
-    requests: list[Arrival],
-    spare_blocks: int,
-    block_size: int,
-    max_num_seqs: int,
-    budget: int,
-    mixed: int,
-    caching: bool,
-    depth: int,
-    drafts: int,
-    right: float,
-    places: int,
-    preemption_mode: str,
-    disk: FakeDisk | None,
+    requests: list[Arrival], spare_blocks: int, options: dict[str, Any]
 ) -> None:
     max_model_len = 65
-    num_blocks = -(-max_model_len // block_size) + spare_blocks
-    engine, _ = make_engine(
-        num_blocks,
-        block_size,
-        max_num_seqs=max_num_seqs,
-        budget=budget,
-        mixed=mixed,
-        max_model_len=max_model_len,
-        caching=caching,
-        depth=depth,
-        drafts=drafts,
-        right=right,
-        places=places,
-        preemption_mode=preemption_mode,
-        disk=disk,
-    )
+    num_blocks = -(-max_model_len // options["block_size"]) + spare_blocks
+    engine, _ = make_engine(num_blocks, max_model_len=max_model_len, **options)
     outputs: dict[str, list[int]] = {str(i): [] for i in range(len(requests))}
     finished: dict[str, str | None] = {}
     pending = {str(i): arrival for i, arrival in enumerate(requests)}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fake_disk import FakeDisk
 from fake_runner import EOS, VOCAB, FakeRunner
+from hypothesis import strategies as st
 
 from vllmlite.engine.drafts import DraftPolicy, StepCost
 from vllmlite.engine.engine import Engine
@@ -51,6 +54,18 @@ def make_engine(
         limits, runner, vocab_size=VOCAB, eos_ids=[EOS], steps_in_flight=depth, drafting=drafting, tiers=tiers
     )
     return engine, runner
+
+
+def engine_options(**others: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """Random keyword arguments of :func:`make_engine`: limits of a step, and those that ``others`` name."""
+    limits = {
+        "max_num_seqs": st.integers(1, 6),
+        "budget": st.integers(1, 40),
+        "mixed": st.integers(1, 40),
+        "caching": st.booleans(),
+        "depth": st.integers(1, 3),
+    }
+    return st.fixed_dictionaries({**limits, **others})
 
 
 def run(engine: Engine, limit: int = 10_000) -> dict[str, tuple[list[int], str | None]]:
