@@ -20,6 +20,7 @@ from rank_processes import has_ended, processes_of, ranks_of
 from vllmlite import LLM, SamplingParams
 from vllmlite.errors import BackendError, EngineDeadError
 from vllmlite.ranks import group
+from vllmlite.runner.build import WAITING
 
 pytestmark = needs_native_cpu
 
@@ -62,7 +63,10 @@ def test_a_rank_that_ends_or_stops_ends_the_engine(name: str, rank: int, checkpo
 @pytest.mark.parametrize(
     ("program", "message"),
     [
-        ("import time; time.sleep(60)", r"rank 0 of 2 \(process \d+ on \S+\) has not started within 0 s"),
+        (
+            "import time; time.sleep(60)",
+            r"rank [01] of 2 \(process \d+ on \S+\) has not started: it has done",
+        ),
         ("import sys; sys.exit(3)", r"rank [01] of 2 .* ended with status 3; its last message: starting"),
     ],
 )
@@ -76,6 +80,33 @@ def test_a_rank_that_does_not_start_is_named(
     with pytest.raises(BackendError, match=message):
         ranks.wait_until_ready()
     assert all(process.poll() is not None for process in ranks.processes)
+
+
+STALLED = """
+import sys, time, socket
+from vllmlite.backends.native import load_extension
+from vllmlite.engine_process.wire import pack
+from vllmlite.ranks.messages import Phase
+control, memory, rank, world = map(int, sys.argv[1:])
+ranks = load_extension("_cpu").Ranks(memory, rank, world)
+ranks.start_heartbeat(control)
+connection = socket.socket(fileno=control)
+connection.sendall(pack(Phase("loading the weights" if rank else WAITING)))
+time.sleep(60)
+"""
+
+
+def test_a_rank_that_stops_loading_is_named_and_not_those_that_wait_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(group, "PROGRAM", STALLED.replace("WAITING", repr(WAITING)))
+    monkeypatch.setattr(group, "STALLED_SECONDS", 1.0)
+    setup: Any = None  # is not read by this program
+    ranks = group.RankGroup([setup, setup])
+    with pytest.raises(
+        BackendError, match=r"rank 1 of 2 .* neither computed nor read .*: loading the weights"
+    ):
+        ranks.wait_until_ready()
 
 
 def test_the_ranks_end_with_a_driver_that_is_killed(checkpoint: Path) -> None:

@@ -18,14 +18,16 @@ from typing import Any
 from vllmlite.backends.native import load_extension
 from vllmlite.engine_process.wire import pack, unpack
 from vllmlite.errors import BackendError, EngineDeadError, VllmliteError
-from vllmlite.ranks.messages import Failed, Phase, Ready, Setup
+from vllmlite.ranks.messages import LOAD_SECONDS, Failed, Phase, Ready, Setup
+from vllmlite.ranks.progress import Progress
+from vllmlite.runner.build import WAITING
 from vllmlite.subprogram import ending, start_python
 
 PROGRAM = "from vllmlite.ranks.worker import main; main()"
-START_SECONDS = 60.0
-"""Maximum seconds until the process of a rank shows that it runs."""
-LOAD_SECONDS = 3600.0
-"""Maximum seconds until a rank has loaded its part of the model."""
+START_SECONDS = 8.0
+"""Seconds without progress after which the process of a rank that has not shown yet that it runs counts as failed."""
+STALLED_SECONDS = 60.0
+"""Seconds without progress after which a rank that loads its part of the model counts as failed."""
 SILENT_SECONDS = 3.5
 """Seconds without a sign of life after which a rank counts as stopped. A thread of each rank gives one every half
 second."""
@@ -52,6 +54,7 @@ class RankGroup:
         self._changed = threading.Condition()
         """Guards the attributes below; it is notified of ready ranks, failures and the end."""
         self._phases = [NOT_STARTED] * world
+        self._progress: list[Progress] = []
         self._ready: list[Ready | None] = [None] * world
         self._failures: defaultdict[int, dict[int, str]] = defaultdict(dict)
         """Step → the ranks on which it failed, each with the error's text."""
@@ -75,6 +78,7 @@ class RankGroup:
                 with theirs:
                     descriptors = [theirs.fileno(), memory, *places[rank : rank + 1]]
                     self.processes.append(start_python(PROGRAM, descriptors, rank, world))
+                self._progress.append(Progress(self.processes[-1].pid))
                 self._sockets.append(ours)
                 with suppress(OSError):  # it has ended: the watching thread says how
                     ours.sendall(pack(setup))
@@ -196,10 +200,8 @@ class RankGroup:
             silence, last = self.ranks.silence(rank), f"; its last message: {self._phases[rank]}"
             if silence > SILENT_SECONDS:
                 self._stop(f"{self._named(rank)} has not shown for {silence:.1f} s that it runs{last}")
-            elif silence < 0 and seconds > START_SECONDS:
-                self._stop(f"{self._named(rank)} has not started within {START_SECONDS:.0f} s")
-            elif self._ready[rank] is None and seconds > LOAD_SECONDS:
-                self._stop(f"{self._named(rank)} has not loaded the model within {LOAD_SECONDS:.0f} s{last}")
+            elif self._ready[rank] is None:
+                self._check_start(rank, silence >= 0, seconds, last)
         late = self.ranks.late
         if late >= 0:
             self._stop(f"{self._named(late)} runs, but the others have waited too long for it in a step")
@@ -208,6 +210,16 @@ class RankGroup:
             if len(failed) < len(self.processes):
                 rank, error = next(iter(failed.items()))
                 self._stop(f"{self._named(rank)} failed at step {step}, and others did not: {error}")
+
+    def _check_start(self, rank: int, runs: bool, seconds: float, last: str) -> None:
+        """Stop all ranks if one that is not ready makes no progress, or has been starting for too long."""
+        idle = self._progress[rank].idle_seconds(self._phases[rank])
+        if not runs and idle > START_SECONDS:
+            self._stop(f"{self._named(rank)} has not started: it has done nothing for {idle:.0f} s")
+        elif runs and idle > STALLED_SECONDS and self._phases[rank] != WAITING:
+            self._stop(f"{self._named(rank)} has neither computed nor read for {idle:.0f} s{last}")
+        elif seconds > LOAD_SECONDS:
+            self._stop(f"{self._named(rank)} has not loaded the model within {LOAD_SECONDS:.0f} s{last}")
 
 
 def _watch(reference: weakref.ref[RankGroup]) -> None:

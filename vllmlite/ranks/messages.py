@@ -18,6 +18,9 @@ from vllmlite.models.plan import Plan
 from vllmlite.runner.cache_tiers import HostPlaces
 from vllmlite.weights.adapter import LowRank
 
+LOAD_SECONDS = 3600.0
+"""Maximum seconds until a rank has loaded its part of the model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Setup:

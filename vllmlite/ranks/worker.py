@@ -20,6 +20,7 @@ from vllmlite.models.adapters import place_parts
 from vllmlite.models.decoder import Decoder
 from vllmlite.ranks.comm import connect
 from vllmlite.ranks.messages import (
+    LOAD_SECONDS,
     AdapterPart,
     BackendFacts,
     Command,
@@ -59,7 +60,7 @@ def main() -> None:
     logging.getLogger("vllmlite").setLevel(setup.log_level if rank == 0 else logging.ERROR)
     if rank and isinstance(sys.stderr, io.TextIOWrapper):
         sys.stderr = _NoTerminal(sys.stderr.detach(), line_buffering=True)
-    control.sendall(pack(Phase("loading the model")))
+    ranks.limit(LOAD_SECONDS)  # ranks that have loaded their weights wait for the others
     try:
         built = build_runner(
             setup.config,
@@ -67,6 +68,7 @@ def main() -> None:
             rank,
             world,
             lambda backend: connect(backend, ranks, setup.config.pipeline_parallel_size),
+            enter=lambda phase: control.sendall(pack(Phase(phase))),
         )
     except VllmliteError as error:
         control.sendall(pack(error))

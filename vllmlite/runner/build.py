@@ -39,6 +39,9 @@ from vllmlite.weights.schemes.grouped import GroupedScheme
 
 logger = logging.getLogger(__name__)
 
+WAITING = "waiting until all ranks have loaded their weights"
+"""The phase in which a rank has nothing to do."""
+
 
 RunnerT = TypeVar("RunnerT", covariant=True)
 
@@ -129,12 +132,14 @@ def build_runner(
     world: int = 1,
     connect: Callable[[Backend], Comm] | None = None,
     replica: int = 0,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> BuiltRunner[ModelRunner]:
     """Build the runner of rank ``rank`` of ``world`` ranks, from ``plan``, which is :func:`plan_for` ``config``.
     ``replica`` is the engine's number among those of ``config.data_parallel_size``.
 
-    ``connect`` connects this rank's backend to the other ranks. All ranks build at the same time from equal arguments,
-    and ``config.seed`` must not be -1. Raises ModelError, BackendError or ParameterError."""
+    ``connect`` connects this rank's backend to the other ranks. ``enter`` is called with the name of each long phase.
+    All ranks build at the same time from equal arguments, and ``config.seed`` must not be -1. Raises ModelError,
+    BackendError or ParameterError."""
     stages, options = config.pipeline_parallel_size, config.speculative()
     if plan.spec is not None:
         drafts_read_table = (
@@ -181,6 +186,7 @@ def build_runner(
         choice += f"; output layer quantised to {packing.head} if stored as floats"
     longest = config.max_model_len or plan.max_position_embeddings
     num_positions = backend.comm.least(most_positions(config, backend, plan, longest))
+    enter("loading the weights")
     model = load_planned(
         plan,
         backend,
@@ -204,7 +210,9 @@ def build_runner(
                 config, draft, model, packing, num_positions, backend.comm.rank, world // stages
             )
             models, caches = [*models, *drafter.models], [*caches, *drafter.caches]
+    enter(WAITING)
     backend.comm.least(0)  # all ranks have loaded their weights: the memory that is free now is for caches
+    enter("allocating the cache and measuring steps")
     adapters = AdapterLimits(config.max_loras, config.max_lora_rank) if config.enable_lora else None
     reserved = (
         most_bytes(plan.spec, adapters, backend.dtype, backend.adapter_abilities)
