@@ -251,7 +251,11 @@ class SamplingParams:
             if getattr(self, name) not in (None, []):
                 raise ParameterError(name, getattr(self, name), "cannot be combined with beam search")
         if self.output_kind is RequestOutputKind.DELTA:
-            raise ParameterError("output_kind", self.output_kind, "beam search has no output before its end")
+            raise ParameterError(
+                "output_kind",
+                self.output_kind,
+                "must not be DELTA with beam search",
+            )
 
     def _check_structure(self, structure: StructuredOutputsParams) -> None:
         if not isinstance(structure, StructuredOutputsParams):

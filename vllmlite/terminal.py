@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, None, or objects with only ``write``, as in embedded Python."""
+"""Safe use of standard streams, which may be closed, None, or (in embedded Python) objects with only ``write``."""
 
 from __future__ import annotations
 

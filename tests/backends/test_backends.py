@@ -39,8 +39,8 @@ def test_the_choice_of_the_cpu_names_the_declined_backends() -> None:
         False,
     )
     assert why == (
-        "torch on cpu in bfloat16; cuda on cuda declined: backend torch was asked for; "
-        "torch on cuda declined: device cpu was asked for; cpu on cpu declined: backend torch was asked for"
+        "torch on cpu in bfloat16; cuda on cuda declined: backend torch was requested; "
+        "torch on cuda declined: device cpu was requested; cpu on cpu declined: backend torch was requested"
     )
 
 

@@ -249,7 +249,7 @@ def test_numbers_of_ranks_that_do_not_divide_the_model_are_refused(tmp_path: Pat
     with pytest.raises(ParameterError, match=r"tensor_parallel_size=3: .* can be split over 1, 2, 4, 8"):
         sharded(read_spec(tmp_path), 0, 3)
     write_checkpoint(tmp_path / "olmo", "Olmo2", **WIDE)
-    with pytest.raises(ParameterError, match=r"tensor_parallel_size=2: .* norms all heads as one"):
+    with pytest.raises(ParameterError, match=r"tensor_parallel_size=2: .* normalises all heads together"):
         sharded(read_spec(tmp_path / "olmo"), 0, 2)
 
 

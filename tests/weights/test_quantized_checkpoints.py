@@ -429,7 +429,7 @@ def test_the_order_of_columns_must_be_what_the_configuration_says(tmp_path: Path
     config["quantization_config"]["desc_act"] = False
     (packed / "config.json").write_text(json.dumps(config))
     weights = open_model(packed, sharded(read_spec(packed), 1, 2), Packing(TorchBackend()))
-    with pytest.raises(ModelError, match=r"o_proj.weight'.*g_idx is in no order; accepted: runs of columns"):
+    with pytest.raises(ModelError, match=r"o_proj.weight'.*g_idx has groups that are not runs of columns"):
         weights.floats("0.o.weight")
 
 

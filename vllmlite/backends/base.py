@@ -191,20 +191,20 @@ class Backend(ABC):
     def alloc_low_rank(self, rows: Sequence[int], columns: int, limits: AdapterLimits) -> LowRankTable:
         """Allocate a table for the changes that adapters make to a weight ``[sum of rows, columns]``, without any at
         first. The weight consists of parts with ``rows`` rows each, which adapters change separately."""
-        raise BackendError(f"the {self.name} backend has no adapters")
+        raise BackendError(f"the {self.name} backend does not support adapters")
 
     def set_low_rank(self, table: LowRankTable, index: int, parts: Sequence[LowRank | None]) -> None:
         """Set the changes that the adapter ``index`` makes to each part of the weight; None for parts that it does not
         change. Raises BackendError if they do not fit into memory."""
-        raise BackendError(f"the {self.name} backend has no adapters")
+        raise BackendError(f"the {self.name} backend does not support adapters")
 
     def expert_tables(self, gate_up: Sequence[LowRankTable], down: Sequence[LowRankTable]) -> ExpertTables:
         """The tables of the experts of a mixture as :meth:`moe` takes them."""
-        raise BackendError(f"the {self.name} backend has no adapters of experts")
+        raise BackendError(f"the {self.name} backend does not support adapters that change experts")
 
     def adapter_rows(self, adapters: NDArray[np.int32]) -> AdapterRows:
         """The adapters ``[N]`` of the rows of a tensor, 0 for none, as :meth:`add_lora` takes them."""
-        raise BackendError(f"the {self.name} backend has no adapters of the output layer")
+        raise BackendError(f"the {self.name} backend does not support adapters that change the output layer")
 
     # Key/value cache
 
@@ -350,13 +350,15 @@ class Backend(ABC):
         Sums are in float32; the result of :meth:`linear` is rounded to its dtype before. Tokens without an adapter, or
         whose adapter leaves the weight as it is, have the result of :meth:`linear`. With a ``gain``, that result is
         multiplied by its first row, and its second is added, before."""
-        raise BackendError(f"the {self.name} backend has no adapters")
+        raise BackendError(f"the {self.name} backend does not support adapters")
 
     def add_lora(self, y: Tensor, x: Tensor, table: LowRankTable, rows: AdapterRows) -> Tensor:
         """Change ``y [N, out]``, the result of a layer for ``x``, as :meth:`lora_linear` does, by the adapters of
         ``rows``. ``x`` is ``[N, in]``, or int32 ids ``[N]``, which stand for rows of zeros with a one at the id. ``y``
         may be overwritten."""
-        raise BackendError(f"the {self.name} backend has no adapters of embeddings and of the output layer")
+        raise BackendError(
+            f"the {self.name} backend does not support adapters of embeddings and the output layer"
+        )
 
     @abstractmethod
     def attn_prep(

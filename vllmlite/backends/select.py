@@ -72,7 +72,7 @@ GPU_NODES = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap")
 def _cuda(request: BackendRequest) -> Backend:
     device = request.cuda_device
     if not device.startswith("cuda"):
-        raise BackendError(f"device {device} was asked for")
+        raise BackendError(f"device {device} was requested")
     return CudaBackend(
         device, request.dtype, request.checkpoint_dtype, request.batch_invariant, request.movable
     )
@@ -87,7 +87,7 @@ def _torch_cuda(request: BackendRequest) -> Backend:
     _refuse_invariance(request)
     device = request.cuda_device
     if not device.startswith("cuda"):
-        raise BackendError(f"device {device} was asked for")
+        raise BackendError(f"device {device} was requested")
     if request.device == "auto" and not any(os.path.exists(node) for node in GPU_NODES):
         # This check avoids importing torch, which takes about a second.
         raise BackendError("this machine has no NVIDIA GPU")
@@ -110,7 +110,7 @@ def _torch_cpu(request: BackendRequest) -> Backend:
     _refuse_invariance(request)
     torch_module: Any = _import_torch()
     if request.device not in ("auto", "cpu"):
-        raise BackendError(f"device {request.device} was asked for")
+        raise BackendError(f"device {request.device} was requested")
     dtype = request.checkpoint_dtype if request.dtype == "auto" else request.dtype
     if request.dtype == "auto" and dtype == "float16":
         # Few CPUs compute in float16: torch emulates it, several times slower than float32 and less exactly.
@@ -121,7 +121,7 @@ def _torch_cpu(request: BackendRequest) -> Backend:
 
 def _cpu(request: BackendRequest) -> Backend:
     if request.device not in ("auto", "cpu"):
-        raise BackendError(f"device {request.device} was asked for")
+        raise BackendError(f"device {request.device} was requested")
     dtype = request.checkpoint_dtype if request.dtype == "auto" else request.dtype
     return CpuBackend(dtype, request.threads, request.cpu_isa, request.packed)
 
@@ -141,7 +141,7 @@ def select_backend(request: BackendRequest) -> tuple[Backend, str]:
     declined = []
     for name, kind, make in CANDIDATES:
         if request.backend not in ("auto", name):
-            declined.append(f"{name} on {kind} declined: backend {request.backend} was asked for")
+            declined.append(f"{name} on {kind} declined: backend {request.backend} was requested")
             continue
         if request.only and name not in request.only:
             declined.append(

@@ -42,7 +42,7 @@ def exact_string(said: Schema) -> Schema:
         raise SchemaError(f"format {name!r} has no grammar; accepted: {', '.join(FORMATS)}")
     if name in FORMATS:
         if pattern is not None:
-            raise SchemaError(f"has format {name!r} beside a pattern: say one of them")
+            raise SchemaError(f"has format {name!r} beside a pattern: give only one of them")
         pattern = format_expression(name, most)
     if pattern is None and (least, most) == (0, math.inf):
         return {"type": "string"}
@@ -95,7 +95,7 @@ def exact_integer(said: Schema) -> Schema:
     if step != int(step):
         whole = [value for value in _multiples(said, step)["enum"] if value == int(value)]
         if not whole:
-            raise Impossible("allows nothing: no multiple is whole")
+            raise Impossible("allows nothing: no multiple of multipleOf is an integer")
         return {"enum": whole}
     if step != 1:
         return _multiples(said, step)

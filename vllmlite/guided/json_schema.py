@@ -265,7 +265,9 @@ class _Writer:
             names = self.write(self._merged(said["propertyNames"], any_name))
         if names != any_name:
             if given or patterns:
-                raise SchemaError("has propertyNames beside properties or patternProperties: say one of them")
+                raise SchemaError(
+                    "has propertyNames beside properties or patternProperties: give only one of them"
+                )
             given, patterns, others = _named(names, others)
         if patterns:
             return self._of_patterns(given, patterns, required, least, most)

@@ -48,7 +48,8 @@ LARGEST_GEMMA_LAYERS = {"gemma2": 46, "gemma3": 62}
 
 
 def gguf_config(path: Path) -> dict[str, Any]:
-    """Return the equivalent ``config.json`` of the GGUF file at ``path``. Raises ModelError if there is none."""
+    """Return the ``config.json`` that is equivalent to the metadata of the GGUF file at ``path``. Raises ModelError for
+    models that cannot be described so."""
     gguf = read_gguf(path)
     kind = gguf.get("general.type", str, "model")
     if kind != "model":

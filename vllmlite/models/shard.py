@@ -62,7 +62,7 @@ def sharded(spec: DecoderSpec, rank: int, world: int) -> DecoderSpec:
         )
     if spec.qk_norm == "whole":
         raise ParameterError(
-            "tensor_parallel_size", world, f"{spec.architecture} norms all heads as one: only 1 rank"
+            "tensor_parallel_size", world, f"{spec.architecture} normalises all heads together: must be 1"
         )
     heads, kv = spec.num_heads // world, spec.num_kv_heads
     first_kv = rank * kv // world

@@ -106,7 +106,7 @@ def quantize_checkpoint(
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise ModelError(
-            f"{target.parent}: the disk is full; the same command goes on once there is room; otherwise remove {work}"
+            f"{target.parent}: the disk is full: repeat the command once there is space, to continue, or remove {work}"
         ) from error
     return report
 

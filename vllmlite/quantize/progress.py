@@ -47,7 +47,7 @@ class Progress:
             raise ParameterError(
                 "output",
                 str(work),
-                "is what an interrupted run with other options left: remove it, or give the options of that run",
+                "was left by an interrupted run with other options: remove it, or repeat the options of that run",
             )
         progress = cls(work, digest, int(state.get("layers", 0)), list(state.get("rounded_to_nearest", [])))
         progress._save()

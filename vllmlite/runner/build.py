@@ -230,7 +230,7 @@ def build_runner(
                 "max_model_len",
                 longest,
                 f"takes {-(-longest // config.block_size) * block_bytes} bytes of key/value cache; the "
-                f"{num_blocks * block_bytes} there are hold {capacity} tokens: lower it to that, or give more",
+                f"{num_blocks * block_bytes} there are hold {capacity} tokens: lower it to that, or enlarge the cache",
             )
         logger.warning(
             "max_model_len is %d, what the key/value cache holds, not the model's %d", capacity, longest

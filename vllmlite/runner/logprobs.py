@@ -52,7 +52,7 @@ def prompt_logprobs(
 ) -> Iterator[RowLogprobs]:
     """Compute log-probabilities of the prompt tokens ``targets``, each with the ``k`` most likely ids, in chunks of
     :data:`LOGPROBS_ROWS`. Token ``first + i`` of the step's ``hidden`` states predicts ``targets[i]``; all belong to
-    ``row``. ``logits_of`` computes the logits of some of its hidden states, of which it is told the number."""
+    ``row``. ``logits_of`` computes logits from some rows of ``hidden`` and their number."""
     for at in range(0, len(targets), LOGPROBS_ROWS):
         ids = targets[at : at + LOGPROBS_ROWS]
         index = np.arange(first + at, first + at + len(ids), dtype=np.int32)

@@ -75,7 +75,9 @@ def num_cache_blocks(
         num_blocks = config.kv_cache_memory_bytes // block_bytes
         if not num_blocks:
             raise ParameterError(
-                "kv_cache_memory_bytes", config.kv_cache_memory_bytes, f"a block takes {block_bytes}"
+                "kv_cache_memory_bytes",
+                config.kv_cache_memory_bytes,
+                f"must be at least {block_bytes}, one block",
             )
         return num_blocks
     if backend.device == "cpu":
@@ -112,7 +114,9 @@ def num_host_places(config: EngineConfig, backend: Backend, model: Model) -> int
         wanted = max(wanted, STAGING_BYTES // ranks, STAGED_BLOCKS * block_bytes)
     places = wanted // block_bytes
     if wanted and not places:
-        raise ParameterError("swap_space", config.swap_space, f"a block takes {block_bytes} bytes")
+        raise ParameterError(
+            "swap_space", config.swap_space, f"must be enough for a block of {block_bytes} bytes"
+        )
     return places
 
 

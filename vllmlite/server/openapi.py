@@ -15,7 +15,7 @@ ERRORS = {
     413: "The body exceeds the server's limit.",
     429: "The queue is full; Retry-After says when to try again.",
     500: "A step failed, or the server has a bug.",
-    501: "The model does not support what was asked for.",
+    501: "The model does not support the request.",
     503: "The server is shutting down, or its engine sleeps or has failed.",
 }
 

@@ -92,7 +92,7 @@ class Tokenizer:
         try:
             ids = self._encoded(text, add_special_tokens)
         except (TypeError, UnicodeEncodeError):
-            raise ParameterError("text", text, "must be Unicode without halves of surrogate pairs") from None
+            raise ParameterError("text", text, "must not contain lone surrogates") from None
         except BaseException as error:
             raise _as_model_error(self._path, error) from None
         if truncation is None:

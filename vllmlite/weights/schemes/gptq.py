@@ -80,7 +80,9 @@ class GptqScheme(IntegerScheme):
         columns."""
         if self.ordered:  # what is left of g_idx would number the groups of the whole weight
             if self.groups(weight) is not None:
-                raise ModelError("g_idx is in no order; accepted: runs of columns, as desc_act=false means")
+                raise ModelError(
+                    "g_idx has groups that are not runs of columns, which desc_act=false requires"
+                )
             parts = {suffix: part for suffix, part in weight.parts.items() if suffix != "g_idx"}
             weight = PackedWeight(self, weight.shape, parts)
         return SlicedScheme.take_columns(self, weight, first, last)

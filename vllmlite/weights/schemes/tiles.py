@@ -52,7 +52,7 @@ QWEIGHT, SCALES, SUB_SCALES = "qweight", "scales", "sub_scales"
 
 @dataclass(frozen=True, slots=True)
 class TileScheme(Scheme):
-    """One scheme of this module; ``layout_of`` in ``csrc/cpu/kernels.hpp`` has the same table."""
+    """One of the schemes that store weights in tiles. ``layout_of`` in ``csrc/cpu/kernels.hpp`` has the same values."""
 
     name: str
     bits: int
