@@ -349,6 +349,7 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
              return vllmlite::listed(
                  cpu::choose_beams(self, logits, batch, vllmlite::beam_rows(rows, groups, scores, temperatures), k));
            })
+      .def("probabilities", &cpu::probabilities)
       .def("accept", &cpu::accept)
       .def("logprobs", [](cpu::Runtime& self, const Tensor& logits, const Tensor& ids, int k) {
         return vllmlite::listed(cpu::logprobs(self, logits, ids, k));

@@ -267,6 +267,7 @@ void check_logits(const Tensor& logits, const Batch& batch);
 Continuations choose_beams(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch, BeamRows beams,
                            int k);
 Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch);
+Tensor probabilities(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch);
 Tensor accept(Runtime& runtime, const Tensor& ids, const std::shared_ptr<Batch>& batch);
 Logprobs logprobs(Runtime& runtime, const Tensor& logits, const Tensor& ids, int k);
 

@@ -94,12 +94,18 @@ float nucleus(std::span<const float> logits, std::span<const float> weights, flo
   return std::max(cut, least);
 }
 
-std::int64_t draw(const Kernels& kernels, std::span<const float> logits, const SlotParams& params, double number,
-                  std::span<float> weights, float* scratch) {
+struct Weighed {
+  std::int64_t best;  // the id of the largest logit
+  double sum;         // of the weights; 0: `best` has all the probability, and there are no weights
+};
+
+// Sets `weights` to the probabilities, times a constant, of the ids that the filters of `params` keep.
+Weighed weigh(const Kernels& kernels, std::span<const float> logits, const SlotParams& params, std::span<float> weights,
+              float* scratch) {
   const auto size = static_cast<std::int64_t>(logits.size());
   const std::int64_t best = kernels.argmax(logits.data(), size);
   const float largest = logits[static_cast<std::size_t>(best)];
-  if (!std::isfinite(largest)) return best;
+  if (params.temperature <= 0 || !std::isfinite(largest)) return {best, 0};
   const float factor = std::min(1 / params.temperature, 1e30F);
   float least = -kInfinity;
   if (params.min_p > 0) least = largest + static_cast<float>(std::log(params.min_p)) / factor;
@@ -118,13 +124,17 @@ std::int64_t draw(const Kernels& kernels, std::span<const float> logits, const S
     kernels.weights(logits.data(), largest, factor, least, weights.data(), size);
     sum = total(weights);
   }
-  const double aim = number * sum;
+  return {best, sum};
+}
+
+std::int64_t draw(const Weighed& weighed, std::span<const float> weights, double number) {
+  const double aim = number * weighed.sum;
   double cumulative = 0;
-  for (std::size_t id = 0; id < weights.size(); ++id) {
+  for (std::size_t id = 0; weighed.sum > 0 && id < weights.size(); ++id) {
     cumulative += weights[id];
     if (cumulative > aim) return static_cast<std::int64_t>(id);
   }
-  return best;
+  return weighed.best;
 }
 
 // ---- Log-probabilities
@@ -235,6 +245,21 @@ void check_logits(const Tensor& logits, const Batch& batch) {
                                 std::to_string(batch.slots->vocab_size) + " ids");
 }
 
+namespace {
+
+// Returns the logits of a sampled position with bias, mask and penalties; where there are any, in `scratch`.
+std::span<const float> edited(std::span<const float> logits, const Batch& batch, std::size_t sampled,
+                              std::span<float> scratch) {
+  const SlotParams& params = batch.slots->params[static_cast<std::size_t>(batch.sample_slots[sampled])];
+  if (params.logit_bias.empty() && !params.penalised() && mask_of(batch, sampled, logits.size()) == nullptr)
+    return logits;
+  std::ranges::copy(logits, scratch.begin());
+  edit(scratch, batch, sampled);
+  return scratch;
+}
+
+}  // namespace
+
 Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch) {
   check_logits(logits, *batch);
   const std::int64_t rows = logits.shape[0], size = logits.shape[1];
@@ -252,26 +277,43 @@ Sampled sample(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Bat
                  ids = static_cast<std::int32_t*>(out.ids.data)](Worker& worker) {
     const auto width = static_cast<std::size_t>(size);
     auto* const memory = reinterpret_cast<float*>(worker.scratch());
+    const std::span weights(memory + width, width);
     for (std::int64_t row; (row = worker.take()) < rows;) {
       const auto index = static_cast<std::size_t>(row);
-      const auto slot = static_cast<std::size_t>(batch->sample_slots[index]);
-      const SlotParams& params = batch->slots->params[slot];
+      const SlotParams& params = batch->slots->params[static_cast<std::size_t>(batch->sample_slots[index])];
       const std::span original(from + row * size, width);
-      std::span used = original;
-      if (!params.logit_bias.empty() || params.penalised() || mask_of(*batch, index, width) != nullptr) {
-        const std::span edited(memory, width);
-        std::ranges::copy(original, edited.begin());
-        edit(edited, *batch, index);
-        used = edited;
+      const std::span used = edited(original, *batch, index, {memory, width});
+      const Weighed weighed = weigh(kernels, used, params, weights, memory + 2 * width);
+      const double number = params.temperature > 0 ? uniform(params.seed, batch->sample_positions[index]) : 0;
+      ids[row] = static_cast<std::int32_t>(draw(weighed, weights, number));
+      if (tops) find_logprobs(kernels, original, ids[row], (*tops)[row], weights);
+    }
+  });
+  return out;
+}
+
+Tensor probabilities(Runtime& runtime, const Tensor& logits, const std::shared_ptr<Batch>& batch) {
+  check_logits(logits, *batch);
+  const std::int64_t rows = logits.shape[0], size = logits.shape[1];
+  const Tensor out = runtime.make({rows, size}, DType::float32);
+  runtime.keep(logits);
+  runtime.reserve_scratch(2 * static_cast<std::size_t>(size) * sizeof(float));
+  runtime.issue([&kernels = runtime.kernels(), from = static_cast<const float*>(logits.data),
+                 to = static_cast<float*>(out.data), rows, size, batch](Worker& worker) {
+    const auto width = static_cast<std::size_t>(size);
+    auto* const memory = reinterpret_cast<float*>(worker.scratch());
+    for (std::int64_t row; (row = worker.take()) < rows;) {
+      const auto index = static_cast<std::size_t>(row);
+      const SlotParams& params = batch->slots->params[static_cast<std::size_t>(batch->sample_slots[index])];
+      const std::span used = edited({from + row * size, width}, *batch, index, {memory, width});
+      const std::span found(to + row * size, width);
+      const auto [best, sum] = weigh(kernels, used, params, found, memory + width);
+      if (sum > 0) {
+        for (float& weight : found) weight = static_cast<float>(weight / sum);
+      } else {
+        std::ranges::fill(found, 0.0F);
+        found[static_cast<std::size_t>(best)] = 1;
       }
-      std::int64_t id;
-      if (params.temperature > 0)
-        id = draw(kernels, used, params, uniform(params.seed, batch->sample_positions[index]), {memory + width, width},
-                  memory + 2 * width);
-      else
-        id = kernels.argmax(used.data(), size);
-      ids[row] = static_cast<std::int32_t>(id);
-      if (tops) find_logprobs(kernels, original, ids[row], (*tops)[row], {memory + width, width});
     }
   });
   return out;

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from op_backends import of_torch
-from op_sampling import Array, Sampler, read
+from op_sampling import SPEC, Array, Sampler, read
 
 from vllmlite.backends.base import Backend
 from vllmlite.backends.batch import SlotParams
@@ -114,6 +114,43 @@ def test_every_draw_equals_the_definition(backend: Backend, vocab_size: int) -> 
         for row, one, position in zip(logits, params, positions.tolist(), strict=True)
     ]
     assert Sampler(backend, params, vocab_size).ids(logits, positions) == wanted
+
+
+def test_probabilities_are_those_of_the_draws(backend: Backend) -> None:
+    """Also after drafts, which count as output; where one id is certain, it has the probability 1."""
+    if not backend.gives_probabilities:
+        pytest.skip(f"the {backend.name} backend gives no probabilities")
+    penalties = SlotParams(
+        temperature=0.9, presence_penalty=1.5, frequency_penalty=0.7, top_k=6, output_ids=[3, 3, 9]
+    )
+    params = [
+        *CASES.values(),
+        SlotParams(),
+        replace(CASES["all"], logit_bias=((2, 1.5),)),
+        CASES["hot"],
+        penalties,
+    ]
+    drafts: list[list[int]] = [[]] * (len(params) - 1) + [[5, 3]]
+    logits = np.tile(LOGITS.astype(np.float32), (len(params) + 2, 1))
+    logits[len(params) - 2, [1, 4, 6]] = np.nan, np.inf, -np.inf
+    sampler = Sampler(backend, params, len(LOGITS))
+    batch = backend.upload(sampler.upload(range(len(params)), 1, drafts), sampler.slots, SPEC)
+    given = backend.tensor(logits.copy())
+    found = backend.to_host(backend.probabilities(given, sampler.slots, batch))
+    np.testing.assert_array_equal(backend.to_host(given), logits)
+    biased = LOGITS + 1.5 * (np.arange(len(LOGITS)) == 2)
+    certain = np.eye(len(LOGITS))
+    expected = [
+        *(distribution(LOGITS, each) for each in CASES.values()),
+        certain[LOGITS.argmax()],
+        distribution(biased, CASES["all"]),
+        certain[4],
+        *(
+            distribution(penalised(LOGITS, penalties, [3, 3, 9, *drafts[-1][:count]]), penalties)
+            for count in range(3)
+        ),
+    ]
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=1e-9)
 
 
 def test_a_row_does_not_depend_on_the_others(backend: Backend) -> None:

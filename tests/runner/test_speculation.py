@@ -200,6 +200,16 @@ def test_the_text_is_the_same_with_and_without_drafts(method: str, engine: str, 
     assert (speculating.llm_engine.stats().num_preemptions > 0) == (engine == "preempted")
 
 
+@needs_native_cpu
+@pytest.mark.parametrize("method", [pytest.param("draft model", marks=pytest.mark.slow), "eagle3"])
+def test_greedy_text_is_the_same_with_drafts_that_are_drawn(method: str) -> None:
+    """Rejection sampling accepts a draft of a greedy request if and only if it is the most likely id."""
+    llm = make(METHODS[method] | {"draft_sample_method": "probabilistic"})
+    for wish in ("logprobs", "stop", "bans"):
+        params = SamplingParams(**{"max_tokens": 24, "ignore_eos": True, **WISHES[wish]})
+        check_same(built_in(None, "batched"), llm, TEXTS, params)
+
+
 @pytest.mark.parametrize(
     "options", [{"dtype": "float32"}, {"dtype": "bfloat16", "batch_invariant": True}], ids=str
 )

@@ -116,6 +116,8 @@ class Backend(ABC):
     """The collectives of the ranks that compute a model together."""
     asynchronous: bool = False
     """Whether ops return before they have run, so that two steps in flight are faster than one."""
+    gives_probabilities: ClassVar[bool] = True
+    """Whether it has :meth:`probabilities`."""
     pads_rows: ClassVar[bool] = False
     """Whether a captured step runs batches whose rows are shorter than its own."""
 
@@ -463,6 +465,11 @@ class Backend(ABC):
 
         A NaN counts as -inf. The drafts of a slot up to a position count as output ids there: they are the token ids
         after that of the slot's first sampled position. The slots are not changed; see :meth:`accept`."""
+
+    @abstractmethod
+    def probabilities(self, logits: Tensor, slots: Slots, batch: ForwardBatch) -> Tensor:
+        """Return float32 ``[N, V]``: the distributions from which :meth:`sample` chooses, 1 for the one id of a row of
+        temperature 0. ``logits`` are not changed. Only where :attr:`gives_probabilities`."""
 
     @abstractmethod
     def choose_beams(

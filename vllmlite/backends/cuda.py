@@ -49,6 +49,7 @@ class CudaBackend(NativeBackend):
     name: ClassVar[str] = "cuda"
     kv_dtypes: ClassVar[tuple[str, ...]] = KV_DTYPES
     asynchronous = True
+    gives_probabilities: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -177,6 +177,9 @@ class NativeBackend(Backend):
         ids, *logprobs = self._runtime.sample(logits, batch.backend)
         return Sampled(ids, Logprobs(*logprobs) if logprobs else None)
 
+    def probabilities(self, logits: Tensor, slots: Any, batch: ForwardBatch) -> Tensor:
+        return self._runtime.probabilities(logits, batch.backend)
+
     def choose_beams(
         self, logits: Tensor, slots: Any, batch: ForwardBatch, beams: BeamRows, k: int
     ) -> Continuations:

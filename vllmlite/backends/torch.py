@@ -526,6 +526,12 @@ class TorchBackend(Backend):
         return Sampled(ids, torch_sampling.logprobs(logits, ids, batch.num_logprobs) if wanted else None)
 
     @torch.inference_mode()
+    def probabilities(self, logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.Tensor:
+        edited = torch_sampling.without_nan(logits).clone()
+        torch_sampling.edit(edited, slots, batch)
+        return torch_sampling.probabilities(edited, batch)
+
+    @torch.inference_mode()
     def choose_beams(
         self, logits: torch.Tensor, slots: TorchSlots, batch: ForwardBatch, beams: BeamRows, k: int
     ) -> Continuations:

@@ -270,12 +270,33 @@ def accept(ids: torch.Tensor, slots: TorchSlots, batch: ForwardBatch) -> torch.T
     return accepted
 
 
+def probabilities(logits: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+    """Return the float32 distributions [N, V] from which :func:`choose` takes ids."""
+    made: SamplePlan = batch.backend.sampling
+    best = logits.argmax(-1, keepdim=True)
+    found = torch.zeros_like(logits).scatter_(1, best, 1)
+    if made.random is not None:
+        rows = slice(None) if made.random.rows is None else made.random.rows
+        some = logits[rows]
+        weights = filtered(some, made.random)
+        drawn = (weights / weights.sum(-1, keepdim=True)).float()
+        found[rows] = torch.where(some.amax(-1, keepdim=True).isfinite(), drawn, found[rows])
+    return found
+
+
 def draw(logits: torch.Tensor, random: RandomPlan) -> torch.Tensor:
-    """Return int64 ids [rows]: step 5 of ``Backend.sample``.
+    """Return int64 ids [rows]: step 5 of ``Backend.sample``."""
+    cumulative = filtered(logits, random).cumsum(-1)
+    ids = torch.searchsorted(cumulative, random.numbers[3] * cumulative[:, -1:], right=True)
+    return ids[:, 0].clamp_(max=logits.shape[1] - 1)
+
+
+def filtered(logits: torch.Tensor, random: RandomPlan) -> torch.Tensor:
+    """Return unnormalised probabilities, float64: 0 for ids that min_p, top_k or top_p drop.
 
     Each filter is expressed as a least logit, so that equal logits are kept or dropped together; top_p is a fraction of
     what min_p and top_k keep."""
-    temperature, least_log, top_p, number = random.numbers
+    temperature, least_log, top_p, _ = random.numbers
     # Subtract the largest logit first, so that no temperature overflows and the largest probability is exp(0).
     x = (logits - logits.amax(-1, keepdim=True)).div_(temperature.float())
     least = least_log.float()
@@ -288,9 +309,7 @@ def draw(logits: torch.Tensor, random: RandomPlan) -> torch.Tensor:
     if random.top_p:
         least = torch.maximum(least, _nucleus(x, weights, least, top_p, ordered))
         weights = _weights(x, least)
-    cumulative = weights.cumsum(-1)
-    ids = torch.searchsorted(cumulative, number * cumulative[:, -1:], right=True)
-    return ids[:, 0].clamp_(max=logits.shape[1] - 1)
+    return weights
 
 
 def _weights(x: torch.Tensor, least: torch.Tensor) -> torch.Tensor:

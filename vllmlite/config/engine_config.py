@@ -21,6 +21,7 @@ from vllmlite.config.options import option as _option
 from vllmlite.config.refused import ABSENT
 from vllmlite.config.speculative import FIELD as SPECULATIVE
 from vllmlite.config.speculative import (
+    PROBABILISTIC,
     SHORTHANDS,
     WITH_STATES,
     Speculative,
@@ -288,7 +289,8 @@ class EngineConfig:
         'tokens where they occurred before; {"method": "suffix"}: guess what followed them most often; '
         '{"method": "draft_model", "model": NAME}: guess what a smaller model with '
         "the same vocabulary generates; method eagle, eagle3 or medusa: what heads predict from hidden states; "
-        '{"method": "mtp"}: what the MTP layer predicts that the model\'s checkpoint holds',
+        '{"method": "mtp"}: what the MTP layer predicts that the model\'s checkpoint holds; '
+        '"draft_sample_method": "probabilistic" draws the drafts of these models and verifies by rejection sampling',
         group="speculative decoding",
     )
     enable_lora: bool = _option(False, "let requests use LoRA adapters", group="LoRA")
@@ -357,7 +359,7 @@ class EngineConfig:
             raise ParameterError(
                 "max_cpu_loras", self.max_cpu_loras, f"must be at least max_loras, which is {self.max_loras}"
             )
-        self.speculative()
+        self._check_drafts()
         self._check_tiers()
         self._check_ranks()
         marks = self.reasoning_config
@@ -402,6 +404,16 @@ class EngineConfig:
     def reporting_rank(self) -> int:
         """The rank that sends the sampled ids to the engine: the first one of the last stage."""
         return self.num_ranks - self.tensor_parallel_size
+
+    def _check_drafts(self) -> None:
+        options = self.speculative()
+        if options is not None and options.probabilistic and self.batch_invariant:
+            raise ParameterError(
+                f"{SPECULATIVE}.draft_sample_method",
+                PROBABILISTIC,
+                "cannot be combined with batch_invariant: with drafts that are drawn at random, the text of a seed "
+                "depends on their number",
+            )
 
     def _check_tiers(self) -> None:
         """Raise ParameterError for options of cache tiers that contradict each other, or that have no effect."""

@@ -21,6 +21,8 @@ ABSENT_METHODS = (
     "mlp_speculator", "ngram_gpu", "custom_class", "dflash", "dspark", "extract_hidden_states",
 )  # fmt: skip
 """vLLM's methods that are not supported."""
+PROBABILISTIC = "probabilistic"
+"""The ``draft_sample_method`` by which drafts are drawn at random."""
 NGRAM_MODELS = ("ngram", "[ngram]")
 """Values of the key ``model`` that mean n-grams, as in vLLM."""
 MOST_TOKENS = 32
@@ -43,8 +45,8 @@ METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
         "suffix_decoding_max_tree_depth", "suffix_decoding_max_cached_requests", "suffix_decoding_max_spec_factor",
         "suffix_decoding_min_token_prob", "max_model_len",
     ),
-    "draft_model": ("revision", "quantization", "max_model_len"),
-    **dict.fromkeys(WITH_STATES, ("revision", "max_model_len")),
+    "draft_model": ("revision", "quantization", "max_model_len", "draft_sample_method"),
+    **dict.fromkeys(WITH_STATES, ("revision", "max_model_len", "draft_sample_method")),
     "medusa": ("revision",),
 }  # fmt: skip
 """Further keys of each method."""
@@ -121,6 +123,8 @@ class Speculative:
     by_rows: tuple[tuple[int, int, int], ...] = ()
     """Tuples of a minimum and a maximum number of running sequences, and the maximum number of drafts with these;
     outside of these ranges it is :attr:`num_tokens`."""
+    probabilistic: bool = False
+    """Whether drafts are drawn at random, and verified by rejection sampling."""
     max_len: int | None = None
     """Maximum length of sequences for which drafts are looked up, in tokens; None: any length."""
 
@@ -171,6 +175,7 @@ def speculative(options: Mapping[str, Any], ranks: int = 1) -> Speculative | Non
         None if method in LOOKUPS else _draft_checkpoint(method, options),
         _suffix_options(options) if method == "suffix" else None,
         _by_rows(options, tokens or DEFAULT_TOKENS),
+        _probabilistic(options),
         _integer(options, "max_model_len", 2**31 - 1) if method in LOOKUPS else None,
     )
 
@@ -209,6 +214,15 @@ def _draft_checkpoint(method: str, options: Mapping[str, Any]) -> DraftCheckpoin
     return DraftCheckpoint(
         method, options.get("model"), options.get("revision"), options.get("quantization"), longest
     )
+
+
+def _probabilistic(options: Mapping[str, Any]) -> bool:
+    """Return whether drafts are drawn at random. Raises ParameterError."""
+    key = "draft_sample_method"
+    value = options.get(key)
+    if value not in (None, "greedy", PROBABILISTIC):
+        raise ParameterError(f"{FIELD}.{key}", value, f"must be greedy or {PROBABILISTIC}")
+    return bool(value == PROBABILISTIC)
 
 
 def _suffix_options(options: Mapping[str, Any]) -> SuffixOptions:

@@ -29,6 +29,7 @@ from vllmlite.runner.cache_tiers import HostPlaces, host_places
 from vllmlite.runner.propose.loading import load_drafter, read_states
 from vllmlite.runner.propose.lookup import lookup_proposer
 from vllmlite.runner.propose.proposer import EarlierStages, Proposer
+from vllmlite.runner.propose.rejection import RejectionSampler
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import most_positions, num_cache_blocks, num_host_places
 from vllmlite.runner.step_times import step_times, waiting_time
@@ -201,13 +202,15 @@ def build_runner(
     if model.kv_spec.dtype != backend.dtype:
         choice += f"; key/value cache in {model.kv_spec.dtype}"
     draft = None if options is None else options.draft
-    drafter, samples = None, plan.spec is None or plan.spec.stage.is_last
+    drafter, rejection, samples = None, None, plan.spec is None or plan.spec.stage.is_last
     models, caches = [model], [model.kv_spec]
     if draft is not None and options is not None:
         choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model or 'its MTP layer'}"
+        if options.probabilistic:
+            rejection = RejectionSampler(backend)
         if samples:
             drafter = load_drafter(
-                config, draft, model, packing, num_positions, backend.comm.rank, world // stages
+                config, draft, model, packing, num_positions, backend.comm.rank, world // stages, rejection
             )
             models, caches = [*models, *drafter.models], [*caches, *drafter.caches]
     enter(WAITING)
@@ -255,6 +258,7 @@ def build_runner(
             adapters=adapters,
             samples=samples,
             num_places=num_places,
+            rejection=None if proposer is None else rejection,
         )
         _capture_graphs(runner)
         return runner

@@ -30,6 +30,7 @@ from vllmlite.runner.logprobs import RowLogprobs, named_logprobs, prompt_logprob
 from vllmlite.runner.masks import pack_bits, restrict
 from vllmlite.runner.pooling import Pool, Pooling
 from vllmlite.runner.propose.proposer import Proposer
+from vllmlite.runner.propose.rejection import RejectionSampler
 from vllmlite.weights.adapter import HEAD, Adapter, AdapterLimits
 
 T = TypeVar("T")
@@ -41,6 +42,8 @@ class Launched:
 
     schedule: Schedule
     sampled: Sampled | None = None
+    probabilities: Tensor = None
+    """The distributions of the sampled ids; None unless the runner keeps them."""
     accepted: Tensor | None = None
     """1 for each sampled id that is accepted, else 0; None if the step has no drafts, so that all are accepted."""
     beams: Continuations | None = None
@@ -71,6 +74,7 @@ class ModelRunner:
         adapters: AdapterLimits | None = None,
         num_places: int = 0,
         samples: bool = True,
+        rejection: RejectionSampler | None = None,
     ) -> None:
         """Allocate the pool, the slots, and host memory for ``num_places`` blocks. Raises BackendError if they do not
         fit.
@@ -85,6 +89,10 @@ class ModelRunner:
         """Whether the model returns logits; False in a stage of a pipeline before the last one."""
         self._empty = backend.tensor(np.zeros(1, np.int32))
         self.proposer = proposer
+        self._rejection = rejection
+        """How drafts are verified; None: an id is sampled at each, and a draft is accepted if it is that id."""
+        self.keeps_probabilities = False
+        """Whether steps keep the distributions of the ids that they sample."""
         self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
         self.host_blocks = backend.host_blocks(self.kv, model.kv_spec, num_places) if num_places else None
         max_blocks = -(-max_model_len // model.kv_spec.block_size)
@@ -242,7 +250,10 @@ class ModelRunner:
             if schedule.beams:
                 launched.beams = choose_beams(self.backend, logits, self.slots, device_batch, schedule.beams)
             if not schedule.beams or _drawing_rows(schedule):
-                launched.sampled, accepted = self._sample(logits, device_batch)
+                if self.keeps_probabilities:
+                    launched.probabilities = self.backend.probabilities(logits, self.slots, device_batch)
+                verified = batch if schedule.drafts else None
+                launched.sampled, accepted = self._sample(logits, device_batch, verified)
                 launched.accepted = accepted if schedule.drafts else None
         launched.prompt_logprobs = [
             chunk
@@ -334,6 +345,8 @@ class ModelRunner:
             output_ids=admission.token_ids[admission.num_prompt_tokens :] if penalised else (),
         )
         self.backend.set_slot(self.slots, slot, slot_params)
+        if self._rejection is not None:
+            self._rejection.admit(slot, slot_params)
         if self.proposer is not None:
             self.proposer.admit(slot, admission.token_ids, admission.num_prompt_tokens)
         self._known[slot] = known
@@ -403,9 +416,15 @@ class ModelRunner:
             return self.model.logits(hidden)
         return cast(AdaptableModel, self.model).logits(hidden, adapters)
 
-    def _sample(self, logits: Tensor, batch: ForwardBatch) -> tuple[Sampled, Tensor]:
-        """Sample from the logits of an uploaded batch; also returns which of the ids are accepted."""
-        sampled = self.backend.sample(logits, self.slots, batch)
+    def _sample(
+        self, logits: Tensor, batch: ForwardBatch, verified: ForwardBatch | None = None
+    ) -> tuple[Sampled, Tensor]:
+        """Sample from the logits of an uploaded batch; also returns which of the ids are accepted. ``verified`` is the
+        host's batch if it has drafts."""
+        if verified is not None and self._rejection is not None:
+            sampled = self._rejection.sample(logits, self.slots, verified, batch)
+        else:
+            sampled = self.backend.sample(logits, self.slots, batch)
         return sampled, self.backend.accept(sampled.ids, self.slots, batch)
 
     def _named(self, logits: Tensor, batch: ForwardBatch) -> list[RowLogprobs]:

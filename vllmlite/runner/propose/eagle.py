@@ -25,6 +25,7 @@ from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.engine.schedule import Schedule
 from vllmlite.runner.batches import host_batch
 from vllmlite.runner.propose.cached import CachedProposer, CachedSequence
+from vllmlite.runner.propose.rejection import RejectionSampler
 
 STRETCH = 128
 """Maximum number of positions of a sequence that the head may leave uncomputed."""
@@ -117,9 +118,18 @@ class EagleSequence(CachedSequence):
 class EagleProposer(CachedProposer[EagleSequence]):
     """Proposes the chain of the most likely ids of a draft head."""
 
-    def __init__(self, head: DraftHead, *, num_blocks: int, max_num_seqs: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        head: DraftHead,
+        *,
+        num_blocks: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        rejection: RejectionSampler | None = None,
+    ) -> None:
         """Allocate the head's cache, with as many blocks as the target model's. Sequences of more than
-        ``max_model_len`` tokens get no drafts."""
+        ``max_model_len`` tokens get no drafts. Drafts are the most likely ids, or with ``rejection`` ids that are drawn
+        at random."""
         super().__init__(EagleSequence, head.kv_spec.block_size, max_model_len, ahead=1)
         self.head = head
         self.states = head.states
@@ -131,6 +141,7 @@ class EagleProposer(CachedProposer[EagleSequence]):
             SlotSpec(max_num_seqs, max_blocks, max_model_len, head.draft_vocab_size, num_blocks)
         )
         self._max_num_seqs = max_num_seqs
+        self._rejection = rejection
 
     def profile(self, num_rows: int) -> None:
         """Compute one draft in each of ``num_rows`` rows and discard it, to measure its time."""
@@ -142,7 +153,7 @@ class EagleProposer(CachedProposer[EagleSequence]):
         batch = self._upload(host_batch(rows, zeros, ones, ones))
         hidden = self._fused([(None, np.zeros(len(rows), np.int32))])
         normed, _ = self.head.forward(self._ids(zeros), hidden, batch, self._kv)
-        self._sampled(normed, batch)
+        self._sampled(normed, batch, [])
 
     def keep_states(self, schedule: Schedule, states: Sequence[Tensor]) -> None:
         """Keep the hidden states of a step that was launched: for each of :attr:`states`, those of all its tokens.
@@ -183,9 +194,11 @@ class EagleProposer(CachedProposer[EagleSequence]):
         """Compute the positions of ``asked`` that are not computed, then a chain of ``counts[slot]`` drafts of each
         sequence."""
         slots, batch, normed, hidden = self._compute(asked, counts)
+        if self._rejection is not None:
+            self._rejection.begin(slots)
         drafted = 0
         while slots:
-            ids = self._sampled(normed, batch)
+            ids = self._sampled(normed, batch, slots)
             for slot, token_id in zip(slots, ids, strict=True):
                 asked[slot].drafts.append(token_id)
             drafted += 1
@@ -200,10 +213,19 @@ class EagleProposer(CachedProposer[EagleSequence]):
             batch = self._upload(host_batch(slots, starts, ones, ones))
             normed, hidden = self.head.forward(self._ids(ids), hidden, batch, self._kv)
 
-    def _sampled(self, normed: Tensor, batch: ForwardBatch) -> list[int]:
-        """Return the most likely ids after the sampled positions of ``batch``, after waiting for them."""
-        sampled = self._backend.sample(self.head.logits(normed), self._slots, batch)
-        ids: list[int] = self.head.target_ids[self._backend.to_host(sampled.ids)].tolist()
+    def _sampled(self, normed: Tensor, batch: ForwardBatch, slots: Sequence[int]) -> list[int]:
+        """Return the drafted ids after the sampled positions of ``batch``, one for each of ``slots``, after waiting for
+        them."""
+        backend, head = self._backend, self.head
+        logits = head.logits(normed)
+        found = None
+        if self._rejection is not None:
+            found = backend.probabilities(logits, self._slots, batch)
+        places = backend.to_host(backend.sample(logits, self._slots, batch).ids)
+        ids: list[int] = head.target_ids[places].tolist()
+        if self._rejection is not None:
+            for slot, place, token_id, row in zip(slots, places, ids, backend.to_host(found), strict=False):
+                self._rejection.add(slot, token_id, place, row, head.target_ids)
         return ids
 
     def _compute(
@@ -224,7 +246,8 @@ class EagleProposer(CachedProposer[EagleSequence]):
             if sequence.dropped or not ids:
                 continue
             if sequence.num_uploaded < 0:
-                self._backend.set_slot(self._slots, slot, SlotParams())
+                params = SlotParams() if self._rejection is None else self._rejection.draft_params(slot)
+                self._backend.set_slot(self._slots, slot, params)
             new = self._new_blocks(sequence)
             self._append([slot] * len(new), new, sequence.blocks[new.start : new.stop])
             parts += self._parts(sequence, start, stop)

@@ -25,6 +25,7 @@ from vllmlite.runner.propose.draft_model import ModelProposer
 from vllmlite.runner.propose.eagle import DraftHead, EagleProposer
 from vllmlite.runner.propose.medusa import MedusaProposer
 from vllmlite.runner.propose.proposer import Proposer
+from vllmlite.runner.propose.rejection import RejectionSampler
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.runner.sizes import batched_tokens
 from vllmlite.tokenizers.tokenizer import Tokenizer
@@ -92,6 +93,7 @@ def load_drafter(
     longest: int,
     rank: int,
     world: int,
+    rejection: RejectionSampler | None,
 ) -> Drafter:
     """Load the model of ``draft`` onto the backend of ``target``. ``packing`` decides the form of its weights; its
     sequences have up to ``longest`` tokens.
@@ -99,7 +101,7 @@ def load_drafter(
     With several ranks, each rank has a part of a draft model, as of the target model, but a whole copy of heads and MTP
     layers."""
     if draft.method != "draft_model":
-        return _load_heads(config, draft, target, packing, longest)
+        return _load_heads(config, draft, target, packing, longest, rejection)
     plan, backend = _plan(config, draft), packing.backend
     if plan.backends and backend.name not in plan.backends:
         raise ParameterError(
@@ -130,6 +132,7 @@ def load_drafter(
             max_model_len=longest,
             budget=batched_tokens(config, backend.device),
             vocab_size=target.vocab_size,
+            rejection=rejection,
         )
 
     return Drafter((model,), (model.kv_spec,), proposer)
@@ -144,7 +147,12 @@ def read_states(config: EngineConfig, draft: DraftCheckpoint, target: DecoderSpe
 
 
 def _load_heads(
-    config: EngineConfig, draft: DraftCheckpoint, target: Model, packing: Packing, longest: int
+    config: EngineConfig,
+    draft: DraftCheckpoint,
+    target: Model,
+    packing: Packing,
+    longest: int,
+    rejection: RejectionSampler | None,
 ) -> Drafter:
     """Load draft heads or MTP layers, which read the target model's hidden states."""
     if not isinstance(target, Decoder):
@@ -175,6 +183,7 @@ def _load_heads(
             num_blocks=num_blocks,
             max_num_seqs=config.max_num_seqs,
             max_model_len=min(draft.max_model_len or longest, longest),
+            rejection=rejection,
         )
 
     return Drafter((), (head.kv_spec,), proposer)

@@ -1,0 +1,150 @@
+"""Rejection sampling: verification of drafts that were drawn at random (Leviathan et al. 2023, Chen et al. 2023).
+
+A draft x that was drawn from the distribution q is accepted with the probability min(1, p(x) / q(x)), where p is the
+distribution of the id at its position by the model and the request's parameters. A rejected draft is replaced by an id
+that is drawn from the positive part of p - q, and the drafts after it are dropped. After the last draft an id is drawn
+from p. Every id then follows p, and a draft is accepted with the highest probability that allows this.
+
+Random numbers are those of (seed, position), with different seeds for drawing drafts and for accepting them. Which of
+them are used for an id depends on the drafts before it, so the text of a seed depends on their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vllmlite.backends.base import Backend
+from vllmlite.backends.batch import ForwardBatch, SlotParams, Slots, Tensor
+from vllmlite.backends.sampling import Sampled, uniform
+from vllmlite.config.speculative import FIELD, PROBABILISTIC
+from vllmlite.errors import ParameterError
+
+_DRAWING, _ACCEPTANCE = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB
+"""What is added to a request's seed for these random numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """A draft, and the distribution from which it was drawn."""
+
+    token_id: int
+    probability: float
+    """Of ``token_id``."""
+    ids: NDArray[np.int32] | None
+    """The id of each of ``probabilities``; None: they are ids 0, 1, 2, and so on."""
+    probabilities: NDArray[np.float32]
+
+    def subtracted_from(self, target: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Return the positive part of ``target`` minus this distribution; 0 for the draft itself."""
+        rest = target.astype(np.float64)
+        size = min(len(rest), len(self.probabilities))
+        if self.ids is None:
+            rest[:size] -= self.probabilities[:size]
+        else:
+            np.subtract.at(rest, self.ids, self.probabilities)
+        rest[self.token_id] = 0.0
+        return np.maximum(rest, 0.0)
+
+
+class RejectionSampler:
+    """Knows the parameters of the sequences in the slots, and the distributions of their drafts."""
+
+    def __init__(self, backend: Backend) -> None:
+        """Raises ParameterError if ``backend`` gives no distributions."""
+        if not backend.gives_probabilities:
+            raise ParameterError(
+                f"{FIELD}.draft_sample_method",
+                PROBABILISTIC,
+                f"needs backend cpu or torch; this is {backend.name}",
+            )
+        self._backend = backend
+        self._params: dict[int, SlotParams] = {}
+        self._drawn: dict[int, list[Drawn]] = {}
+
+    def admit(self, slot: int, params: SlotParams) -> None:
+        """Begin a sequence with ``params`` in ``slot``."""
+        self._params[slot] = params
+        self._drawn.pop(slot, None)
+
+    def draft_params(self, slot: int) -> SlotParams:
+        """Return the parameters with which drafts for ``slot`` are drawn: those of its sequence that do not depend on
+        the text, with another seed."""
+        params = self._params[slot]
+        return SlotParams(
+            temperature=params.temperature,
+            top_k=params.top_k,
+            top_p=params.top_p,
+            min_p=params.min_p,
+            seed=(params.seed + _DRAWING) % 2**64,
+        )
+
+    def begin(self, slots: Sequence[int]) -> None:
+        """Forget the drafts that were proposed for ``slots`` before."""
+        self._drawn.update((slot, []) for slot in slots)
+
+    def add(
+        self,
+        slot: int,
+        token_id: int,
+        place: int,
+        probabilities: NDArray[np.float32],
+        ids: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Take note that ``token_id`` was drafted for ``slot``, entry ``place`` of ``probabilities``; ``ids`` are the
+        ids of the entries, if not their numbers."""
+        self._drawn[slot].append(Drawn(token_id, float(probabilities[place]), ids, probabilities))
+
+    def sample(self, logits: Tensor, slots: Slots, batch: ForwardBatch, uploaded: Tensor) -> Sampled:
+        """Choose ids as ``Backend.sample`` does, but verify drafts by rejection sampling. ``batch`` is the host's batch
+        of ``uploaded``. Waits for the logits.
+
+        Where a draft is rejected, its replacement is another id, so that ``Backend.accept`` finds the accepted ones.
+        Ids after a rejected draft are 0."""
+        found = self._backend.to_host(self._backend.probabilities(logits, slots, uploaded))
+        ids = np.zeros(len(found), np.int32)
+        sample_slots, tokens = batch.sample_slots.tolist(), batch.token_ids[batch.logits_rows].tolist()
+        positions = batch.sample_positions.tolist()
+        row = 0
+        while row < len(ids):
+            slot = sample_slots[row]
+            end = row + 1
+            while end < len(ids) and sample_slots[end] == slot:
+                end += 1
+            chosen = self._verified(slot, tokens[row + 1 : end], positions[row], found[row:end])
+            ids[row : row + len(chosen)] = chosen
+            row = end
+        k = batch.num_logprobs
+        placed = self._backend.tensor(ids)
+        return Sampled(placed, self._backend.logprobs(logits, placed, k) if k >= 0 else None)
+
+    def _verified(self, slot: int, drafts: list[int], position: int, found: NDArray[np.float32]) -> list[int]:
+        """Return the accepted ones of ``drafts``, and the id after them. ``found`` are the model's distributions at the
+        positions from ``position``."""
+        seed = self._params[slot].seed
+        for count, (draft, target) in enumerate(zip(drafts, found, strict=False)):
+            drawn = self._drawn_as(slot, count, draft)
+            own = 1.0 if drawn is None else drawn.probability
+            if uniform((seed + _ACCEPTANCE) % 2**64, position + count) * own < target[draft]:
+                continue
+            rest = np.zeros(0) if drawn is None else drawn.subtracted_from(target)
+            if not rest.any():  # the draft was not drawn, or p and q are equal but for rounding
+                rest = target.astype(np.float64)
+                rest[draft] = 0.0
+            return [*drafts[:count], _draw(rest, uniform(seed, position + count))]
+        last = len(drafts)
+        return [*drafts, _draw(found[last].astype(np.float64), uniform(seed, position + last))]
+
+    def _drawn_as(self, slot: int, count: int, draft: int) -> Drawn | None:
+        """Return how the draft ``count`` of ``slot`` was drawn; None if it was not drawn at random."""
+        drawn = self._drawn.get(slot, [])
+        return drawn[count] if count < len(drawn) and drawn[count].token_id == draft else None
+
+
+def _draw(weights: NDArray[np.float64], number: float) -> int:
+    """Return the first index at which the sum of ``weights`` exceeds ``number`` times their total."""
+    sums = weights.cumsum()
+    return int(min(sums.searchsorted(number * sums[-1], side="right"), len(sums) - 1))
