@@ -15,6 +15,13 @@ std::size_t SuffixAutomaton::bucket(std::int32_t state, std::int32_t id) const {
 }
 
 std::int32_t SuffixAutomaton::find(std::int32_t state, std::int32_t id) const {
+  const State& source = states_[static_cast<std::size_t>(state)];
+  if (source.num_edges <= kListed) {
+    std::int32_t edge = source.edges;
+    while (edge >= 0 && edges_[static_cast<std::size_t>(edge)].id != id)
+      edge = edges_[static_cast<std::size_t>(edge)].next;
+    return edge;
+  }
   for (std::size_t at = bucket(state, id); table_[at] != 0; at = (at + 1) & (table_.size() - 1)) {
     const Edge& edge = edges_[static_cast<std::size_t>(table_[at] - 1)];
     if (edge.source == state && edge.id == id) return table_[at] - 1;
@@ -22,24 +29,31 @@ std::int32_t SuffixAutomaton::find(std::int32_t state, std::int32_t id) const {
   return -1;
 }
 
-void SuffixAutomaton::grow() {
-  std::vector<std::int32_t> larger(table_.size() * 2);
-  table_.swap(larger);
-  for (std::size_t index = 0; index < edges_.size(); ++index) {
-    std::size_t at = bucket(edges_[index].source, edges_[index].id);
-    while (table_[at] != 0) at = (at + 1) & (table_.size() - 1);
-    table_[at] = static_cast<std::int32_t>(index) + 1;
+void SuffixAutomaton::hash(std::int32_t edge) {
+  if (2 * ++num_hashed_ > table_.size()) {
+    std::vector<std::int32_t> smaller(table_.size() * 2);
+    table_.swap(smaller);
+    for (const std::int32_t entry : smaller)
+      if (entry != 0) place(entry);
   }
+  place(edge + 1);
+}
+
+void SuffixAutomaton::place(std::int32_t entry) {
+  const Edge& edge = edges_[static_cast<std::size_t>(entry - 1)];
+  std::size_t at = bucket(edge.source, edge.id);
+  while (table_[at] != 0) at = (at + 1) & (table_.size() - 1);
+  table_[at] = entry;
 }
 
 void SuffixAutomaton::add_edge(std::int32_t state, std::int32_t id, std::int32_t target) {
-  if (2 * (edges_.size() + 1) > table_.size()) grow();
-  std::size_t at = bucket(state, id);
-  while (table_[at] != 0) at = (at + 1) & (table_.size() - 1);
   State& source = states_[static_cast<std::size_t>(state)];
+  const auto added = static_cast<std::int32_t>(edges_.size());
   edges_.push_back({state, id, target, source.edges});
-  source.edges = static_cast<std::int32_t>(edges_.size()) - 1;
-  table_[at] = source.edges + 1;
+  source.edges = added;
+  if (++source.num_edges <= kListed) return;
+  if (source.num_edges > kListed + 1) return hash(added);
+  for (std::int32_t edge = added; edge >= 0; edge = edges_[static_cast<std::size_t>(edge)].next) hash(edge);
 }
 
 std::int32_t SuffixAutomaton::clone(std::int32_t state, std::int32_t length) {
@@ -47,6 +61,7 @@ std::int32_t SuffixAutomaton::clone(std::int32_t state, std::int32_t length) {
   State made = states_[static_cast<std::size_t>(state)];
   made.length = length;
   made.edges = -1;
+  made.num_edges = 0;
   states_.push_back(made);
   for (std::int32_t edge = states_[static_cast<std::size_t>(state)].edges; edge >= 0;) {
     const Edge copied = edges_[static_cast<std::size_t>(edge)];
@@ -144,24 +159,23 @@ SuffixAutomaton::Match SuffixAutomaton::match(std::span<const std::int32_t> cont
   return found;
 }
 
-Draft SuffixAutomaton::follow(std::int32_t state, int limit, double least_probability) const {
-  Draft draft;
+SuffixAutomaton::Path SuffixAutomaton::follow(std::int32_t state, int limit, double least_probability) const {
+  Path path{.state = state};
   double probability = 1.0;
-  while (static_cast<int>(draft.ids.size()) < limit) {
+  for (; path.length < limit; ++path.length) {
     const State& here = states_[static_cast<std::size_t>(state)];
     if (here.best < 0) break;
     const Edge& next = edges_[static_cast<std::size_t>(here.best)];
     probability *= static_cast<double>(here.best_count) / here.followed;
     if (next.id < 0 || probability < least_probability) break;
-    draft.ids.push_back(next.id);
-    draft.score += probability;
+    path.score += probability;
     state = next.target;
   }
-  return draft;
+  return path;
 }
 
 Draft SuffixAutomaton::draft(Match at, const DraftLimits& limits) const {
-  Draft best;
+  Path best;
   int followed = 0;  // how many ids were followed after a longer match of the same state
   for (; at.length > 0; --at.length) {
     while (at.length <= states_[static_cast<std::size_t>(states_[static_cast<std::size_t>(at.state)].link)].length) {
@@ -173,10 +187,16 @@ Draft SuffixAutomaton::draft(Match at, const DraftLimits& limits) const {
     const int limit = std::min(most, longest_ + 1 - at.length);
     if (limit <= followed || best.score >= limit) continue;
     followed = limit;
-    if (Draft draft = follow(at.state, limit, limits.least_probability); draft.score > best.score)
-      best = std::move(draft);
+    if (const Path path = follow(at.state, limit, limits.least_probability); path.score > best.score) best = path;
   }
-  return best;
+  Draft draft{.ids = {}, .score = best.score};
+  draft.ids.reserve(static_cast<std::size_t>(best.length));
+  for (std::int32_t state = best.state; best.length > 0; --best.length) {
+    const Edge& next = edges_[static_cast<std::size_t>(states_[static_cast<std::size_t>(state)].best)];
+    draft.ids.push_back(next.id);
+    state = next.target;
+  }
+  return draft;
 }
 
 Draft SuffixAutomaton::draft(const DraftLimits& limits) const { return draft(shortened(end_, longest_), limits); }

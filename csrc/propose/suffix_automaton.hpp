@@ -23,7 +23,7 @@ struct DraftLimits {
 
 // The smallest automaton that accepts every substring. A state stands for the substrings that end at the same places;
 // they are the suffixes, down to some length, of its longest one. Appending an id takes amortised constant time, plus,
-// if counts are kept, a step for each state among the suffixes of at most `longest` ids. An id takes about 150 bytes.
+// if counts are kept, a step for each state among the suffixes of at most `longest` ids. An id takes about 120 bytes.
 class SuffixAutomaton {
  public:
   // `longest` is the length up to which the end of the sequence is matched. Counts are needed by draft() alone.
@@ -49,6 +49,7 @@ class SuffixAutomaton {
     std::int32_t link = -1;      // state of the longest suffix that ends at more places
     std::int32_t first_end = 0;  // end of the first occurrence
     std::int32_t edges = -1;     // first of its list of edges
+    std::int32_t num_edges = 0;  // if above `kListed`, they are also in the hash table
     std::int32_t followed = 0;   // occurrences that are followed by an id, of substrings of at most `tracked_` ids
     std::int32_t best = -1;      // edge of the id that followed most often
     std::int32_t best_count = 0;
@@ -62,16 +63,26 @@ class SuffixAutomaton {
     std::int32_t length = 0;
   };
 
+  // What most often followed a state, again and again.
+  struct Path {
+    std::int32_t state = 0;
+    int length = 0;
+    double score = 0.0;  // expected number of its ids that are right
+  };
+
+  static constexpr std::int32_t kListed = 4;
+
   std::int32_t find(std::int32_t state, std::int32_t id) const;  // index of the edge, or -1
   std::size_t bucket(std::int32_t state, std::int32_t id) const;
   void add_edge(std::int32_t state, std::int32_t id, std::int32_t target);
-  void grow();
+  void hash(std::int32_t edge);    // adds an edge to the hash table
+  void place(std::int32_t entry);  // in a free bucket
   std::int32_t clone(std::int32_t state, std::int32_t length);
   void extend(std::int32_t id);
   void count(std::int32_t id);
   Match shortened(Match match, int longest) const;
   Match match(std::span<const std::int32_t> context) const;
-  Draft follow(std::int32_t state, int limit, double least_probability) const;
+  Path follow(std::int32_t state, int limit, double least_probability) const;
   Draft draft(Match at, const DraftLimits& limits) const;
 
   int longest_;
@@ -80,9 +91,10 @@ class SuffixAutomaton {
   bool counts_;
   std::vector<State> states_;
   std::vector<Edge> edges_;
-  std::vector<std::int32_t> table_;  // hash table of edges: index + 1, or 0
-  std::int32_t last_ = 0;            // state of the whole sequence
-  Match end_;                        // its longest suffix of at most `tracked_` ids
+  std::vector<std::int32_t> table_;  // hash table of the edges of states that have many: index + 1, or 0
+  std::size_t num_hashed_ = 0;
+  std::int32_t last_ = 0;  // state of the whole sequence
+  Match end_;              // its longest suffix of at most `tracked_` ids
 };
 
 }  // namespace vllmlite
