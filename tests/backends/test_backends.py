@@ -105,7 +105,7 @@ def test_dtypes_on_gpus(
 
 def fake_native(monkeypatch: pytest.MonkeyPatch, **members: Any) -> None:
     real = importlib.import_module
-    native = SimpleNamespace(**{"API": API, "Runtime": lambda index, dtype, batch_invariant: None} | members)
+    native = SimpleNamespace(**{"API": API, "Runtime": lambda *arguments: None} | members)
     monkeypatch.setattr(
         importlib, "import_module", lambda name: native if name == "vllmlite._cuda" else real(name)
     )
