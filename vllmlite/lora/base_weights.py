@@ -24,15 +24,16 @@ Floats: TypeAlias = NDArray[np.float32]
 Stored: TypeAlias = tuple[Mapping[str, Source], Weights]
 """Where each tensor of the model is stored, and the stored tensors."""
 
-ELEMENTS = 1 << 18
+ELEMENTS = 1 << 17
 """Elements of a weight that are converted and multiplied at a time."""
 
 
 class BaseWeights:
     """The stored weights of a model, opened when they are first needed and never copied as a whole."""
 
-    def __init__(self, open_weights: Callable[[], Stored]) -> None:
-        self._open = open_weights
+    def __init__(self, open_weights: Callable[[], Stored], pace: Callable[[], None]) -> None:
+        """``pace`` is called between pieces of work."""
+        self._open, self._pace = open_weights, pace
         self._opened: Stored | None = None
 
     def gain(self, place: str, change: LowRank, magnitudes: Floats) -> Floats:
@@ -67,6 +68,7 @@ class BaseWeights:
         a, b = float_values(change.a), float_values(change.b) * np.float32(change.scale)
         step = _rows_at_a_time(weight)
         for at in range(0, weight.shape[0], step):
+            self._pace()
             values = _rows(weight, at, step)
             if place == EMBEDDING:
                 yield np.square(values + (b @ a[:, at : at + step]).T).sum(0)

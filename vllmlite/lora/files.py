@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError, ParameterError
 
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 """Bytes that are read and hashed at a time."""
 MAX_CONFIG = 1 << 20
 """Maximum bytes of ``adapter_config.json``."""
@@ -42,22 +43,22 @@ class AdapterFiles:
     """SHA-256 over the contents of all files."""
 
 
-def read_files(path: Path, max_bytes: int, root: Path | None = None) -> AdapterFiles:
+def read_files(path: Path, max_bytes: int, root: Path | None, pace: Callable[[], None]) -> AdapterFiles:
     """Return copies of the files of the adapter at ``path``: a directory in PEFT's format, or a GGUF file.
 
-    ``max_bytes`` limits the size of the weights. Raises ParameterError if a file is outside ``root``, ModelError if a
-    file is missing, too large, or changes while it is read."""
+    ``max_bytes`` limits the size of the weights; ``pace`` is called between pieces of work. Raises ParameterError if a
+    file is outside ``root``, ModelError if a file is missing, too large, or changes while it is read."""
     with _reported(path):
         if not path.is_dir():
-            weights = _copy(path, max_bytes, root)
-            return AdapterFiles(path, None, weights, _digest(weights))
-        config = _copy(path / CONFIG, MAX_CONFIG, root)
+            weights = _copy(path, max_bytes, root, pace)
+            return AdapterFiles(path, None, weights, _digest([weights], pace))
+        config = _copy(path / CONFIG, MAX_CONFIG, root, pace)
     found = next((path / name for name in WEIGHTS if (path / name).exists()), None)
     if found is None:
         raise ModelError(f"{path}: has none of {', '.join(WEIGHTS)}")
     with _reported(found):
-        weights = _copy(found, max_bytes, root)
-    return AdapterFiles(found, config.tobytes(), weights, _digest(config, weights))
+        weights = _copy(found, max_bytes, root, pace)
+    return AdapterFiles(found, config.tobytes(), weights, _digest([config, weights], pace))
 
 
 class _reported:
@@ -76,17 +77,18 @@ class _reported:
             raise ModelError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
-def _digest(*contents: NDArray[np.uint8]) -> bytes:
+def _digest(contents: Sequence[NDArray[np.uint8]], pace: Callable[[], None]) -> bytes:
     """Return a digest of ``contents`` that also depends on where each of them ends."""
     digest = sha256()
     for content in contents:
         digest.update(len(content).to_bytes(8, "little"))
         for at in range(0, len(content), CHUNK):
             digest.update(content[at : at + CHUNK].data)
+            pace()
     return digest.digest()
 
 
-def _copy(path: Path, max_bytes: int, root: Path | None) -> NDArray[np.uint8]:
+def _copy(path: Path, max_bytes: int, root: Path | None, pace: Callable[[], None]) -> NDArray[np.uint8]:
     """Return the contents of a file. Raises OSError, ModelError, or ParameterError."""
     descriptor = _open(path, root)
     try:
@@ -102,6 +104,7 @@ def _copy(path: Path, max_bytes: int, root: Path | None) -> NDArray[np.uint8]:
             if not count:
                 raise ModelError(f"{path}: was truncated to {at} bytes while it was read")
             at += count
+            pace()
         after = os.fstat(descriptor)
     finally:
         os.close(descriptor)

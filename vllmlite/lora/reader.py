@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError, ParameterError
-from vllmlite.lora.base_weights import BaseWeights, Stored
+from vllmlite.lora.base_weights import ELEMENTS, BaseWeights, Stored
 from vllmlite.lora.files import AdapterFiles, read_files
 from vllmlite.lora.modules import (
     GATE_UP,
@@ -30,6 +30,7 @@ from vllmlite.lora.modules import (
     rows_of,
     transposed,
 )
+from vllmlite.lora.pace import Pace
 from vllmlite.lora.peft_config import PeftConfig, read_config
 from vllmlite.lora.peft_tensors import ModuleTensors, by_module
 from vllmlite.lora.targets import Targets, of_each_expert
@@ -40,6 +41,7 @@ from vllmlite.weights.adapter import ABILITIES, EMBEDDING, EXPERTS, GAIN, HEAD, 
 from vllmlite.weights.gguf import parse_gguf
 from vllmlite.weights.host import (
     FLOAT_DTYPES,
+    ITEM_SIZE,
     HostTensor,
     HostWeight,
     PackedWeight,
@@ -84,12 +86,14 @@ class AdapterReader:
         self.max_rank, self.max_bytes = max_rank, max_bytes
         self.abilities = abilities
         self._modules = peft_modules(model_path, spec)
-        self._base = BaseWeights(open_weights or partial(open_stored, model_path, spec))
+        self._pace = Pace()
+        self._base = BaseWeights(open_weights or partial(open_stored, model_path, spec), self._pace)
 
     def read(self, path: Path, root: Path | None = None) -> Adapter:
         """Return the adapter at ``path``, from no file outside ``root``. Raises ModelError if it cannot be read or does
         not fit the model, and ParameterError if an option of the engine or the path is to be changed."""
-        files = read_files(path, self.max_bytes, root)
+        self._pace.begin()
+        files = read_files(path, self.max_bytes, root, self._pace)
         found = self._read_gguf(files) if files.config is None else self._read_peft(files, files.config)
         if not found:
             raise ModelError(f"{files.path}: changes no weights")
@@ -199,7 +203,7 @@ class AdapterReader:
             (1, module.out),
         ):
             raise ModelError(f"{what}: of shape {list(own.magnitude.shape)}; expected {[module.out]}")
-        magnitudes = float_values(self._checked(what, own.magnitude)).reshape(-1)
+        magnitudes = float_values(self._converted(what, own.magnitude, "float32")).reshape(-1)
         found = {}
         for place, source in module.parts:
             change = changes[place]
@@ -296,27 +300,36 @@ class AdapterReader:
         )
         return a, b
 
-    def _converted(self, what: str, tensor: HostTensor) -> HostTensor:
-        """Return ``tensor`` in :attr:`dtype`. Raises ModelError, which begins with ``what``, as :meth:`_checked` does,
-        and for values that are too large."""
-        checked = self._checked(what, tensor)
-        if checked.dtype == self.dtype:
-            return checked
-        with np.errstate(over="ignore"):
-            converted = float_tensor(float_values(checked), self.dtype)
-        if self.dtype == "float16":
-            _check_finite(f"{what} in float16", float_values(converted))
-        return converted
+    def _converted(self, what: str, tensor: HostTensor, dtype: str | None = None) -> HostTensor:
+        """Return ``tensor`` in ``dtype``, by default :attr:`dtype`, converted piece by piece.
 
-    def _checked(self, what: str, tensor: HostTensor) -> HostTensor:
-        """Return ``tensor``, in float32 if it is of float64. Raises ModelError, which begins with ``what``, for another
-        dtype than floats, and for values that are not finite."""
-        if tensor.dtype == "float64":
-            tensor = float_tensor(tensor.data.view("<f8").reshape(tensor.shape).astype(np.float32), "float32")
-        if tensor.dtype not in FLOAT_DTYPES:
+        Raises ModelError, which begins with ``what``, for another dtype than floats, and for values that are not finite
+        or are too large."""
+        if tensor.dtype not in (*FLOAT_DTYPES, "float64"):
             raise ModelError(f"{what}: is of {tensor.dtype}; accepted: {', '.join(FLOAT_DTYPES)}, float64")
-        _check_finite(what, float_values(tensor))
-        return tensor
+        dtype = dtype or self.dtype
+        same, size = tensor.dtype == dtype, ITEM_SIZE[tensor.dtype]
+        count, own_size = tensor.data.size // size, ITEM_SIZE[dtype]
+        data = tensor.data if same else np.empty(count * own_size, np.uint8)
+        for at in range(0, count, ELEMENTS):
+            values = _values(tensor.dtype, tensor.data[at * size : (at + ELEMENTS) * size])
+            _check_finite(what, values)
+            if not same:
+                with np.errstate(over="ignore"):
+                    converted = float_tensor(values, dtype)
+                if dtype == "float16":
+                    _check_finite(f"{what} in float16", float_values(converted))
+                data[at * own_size : (at + ELEMENTS) * own_size] = converted.data
+            self._pace()
+        return HostTensor(dtype, tensor.shape, data)
+
+
+def _values(dtype: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return floats as float32."""
+    if dtype == "float64":
+        with np.errstate(over="ignore"):
+            return data.view("<f8").astype(np.float32)
+    return float_values(HostTensor(dtype, (data.size // ITEM_SIZE[dtype],), data))
 
 
 def _floats(tensor: HostWeight) -> HostTensor:

@@ -83,25 +83,25 @@ class Targets:
         ``target_modules``; earlier, all files have."""
         modules = self.modules
         kinds = {modules.kind(name) for name in changed if name in modules.by_name}
-        expected = [
+        targeted = self.config.targeted(modules.by_name, modules.linear())
+        absent = [
             name
             for name in modules.by_name
-            if name in self.config.targeted(modules.by_name, modules.linear())
-            and modules.kind(name) in (None, *kinds)
+            if name in targeted and name not in self.own and modules.kind(name) in (None, *kinds)
         ]
-        absent = [name for name in expected if name not in self.own]
         present = {(name.replace(_BASE, ""), parameter) for name, (_, parameter) in self.stacked.items()}
         for name in modules.stacked:
             for parameter in (GATE_UP, DOWN):
                 spellings = [f"{each}.{parameter}" for each in (name, modules.usual(name))]
                 if self.config.targeted_parameters(spellings) and (name, parameter) not in present:
                     absent.append(spellings[0])
-        absent += [
-            name
-            for name in modules.by_name
-            if name not in self.own
-            and self.config.targeted_parameters([f"{name}.weight", f"{modules.usual(name)}.weight"])
-        ]
+        if self.config.target_parameters:
+            absent += [
+                name
+                for name in modules.by_name
+                if name not in self.own
+                and self.config.targeted_parameters([f"{name}.weight", f"{modules.usual(name)}.weight"])
+            ]
         if absent:
             raise ModelError(
                 f"{self.where}: lacks tensors of modules to which target_modules or target_parameters of "
