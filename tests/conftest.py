@@ -13,8 +13,9 @@ import pytest
 if TYPE_CHECKING:
     from vllmlite.server.service import Service
 
-# Tiny models on a busy machine: OpenMP threads that wait by spinning take minutes of it. Read when torch is imported.
+# Tiny models on a busy machine: threads that spin while they wait take minutes of it. Read by torch and numpy.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Package builds name a proxy that refuses everything, to keep tests from the network; servers here are on loopback.
 os.environ["no_proxy"] = os.environ["NO_PROXY"] = "127.0.0.1,localhost"
