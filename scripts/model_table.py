@@ -26,7 +26,8 @@ def table() -> list[str]:
 
 
 def _backends(implementation: str, architecture: str) -> str:
-    declined = declining(Plan(Path(), implementation, architecture, "float32", 1, 1))
+    able = ("cpu", "torch") if architecture in FAMILIES and not FAMILIES[architecture].cuda else ()
+    declined = declining(Plan(Path(), implementation, architecture, "float32", 1, 1, able=able))
     return ", ".join(name for name in ("cpu", "cuda", "torch") if name not in declined)
 
 

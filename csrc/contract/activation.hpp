@@ -7,6 +7,6 @@
 namespace vllmlite {
 
 // The activation functions, named as in vllmlite/backends/base.py.
-enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu };
+enum class Activation : std::uint8_t { silu, gelu, gelu_tanh, relu, clamped_swiglu };
 
 }  // namespace vllmlite

@@ -91,8 +91,9 @@ Activation activation_of(const std::string& name, bool gated) {
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   if (name == "relu" && !gated) return Activation::relu;
+  if (name == "clamped_swiglu" && gated) return Activation::clamped_swiglu;
   throw std::invalid_argument("activation " + name + ": there are silu, gelu" +
-                              (gated ? " and gelu_tanh" : ", gelu_tanh and relu"));
+                              (gated ? ", gelu_tanh and clamped_swiglu" : ", gelu_tanh and relu"));
 }
 
 std::optional<Rotation> rotation(const std::optional<Tensor>& cos_sin, int rotary_dim, bool interleaved) {

@@ -24,6 +24,12 @@ void check_batch(const KVCache& kv, int layer, const Batch& batch, const Tensor&
                                 " tokens, not shape " + describe(tensor.shape));
 }
 
+void check_heads(const Tensor& tensor, std::int64_t heads, const char* what) {
+  if (tensor.dtype != DType::float32 || tensor.size() != heads)
+    throw std::invalid_argument(std::string(what) + ": a float32 for each of " + std::to_string(heads) +
+                                " heads is needed, not " + describe(tensor));
+}
+
 // Writes a token's keys and values of one head.
 struct Writer {
   const Kernels& kernels;
@@ -221,8 +227,8 @@ Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_
   if (given.shape.size() != 3 || given.shape[2] != kv->head_dim || given.shape[1] % kv->kv_heads != 0)
     throw std::invalid_argument("q must be [tokens, heads, head_dim] of the cache's heads, not " + describe(given));
   if (scores.soft_cap < 0) throw std::invalid_argument("a soft cap must be above 0");
-  if (scores.alibi && (scores.alibi->dtype != DType::float32 || scores.alibi->size() != given.shape[1]))
-    throw std::invalid_argument("linear biases: a float32 slope a head is needed, not " + describe(*scores.alibi));
+  if (scores.alibi) check_heads(*scores.alibi, given.shape[1], "slopes of linear biases");
+  if (scores.sinks) check_heads(*scores.sinks, given.shape[1], "attention sinks");
   if (scores.window < 1) throw std::invalid_argument("window must be at least 1");
   const Tensor q = converted(runtime, given, DType::float32);
   const int heads = static_cast<int>(q.shape[1]), size = kv->head_dim, group = heads / kv->kv_heads;
@@ -245,6 +251,10 @@ Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_
     tile.slopes = static_cast<const float*>(scores.alibi->data);
     runtime.keep(*scores.alibi);
   }
+  if (scores.sinks) {
+    tile.sinks = static_cast<const float*>(scores.sinks->data);
+    runtime.keep(*scores.sinks);
+  }
   tile.out = out.data;
   tile.out_type = float_of(out.dtype);
   runtime.keep(q);
@@ -266,6 +276,7 @@ Tensor paged_attention(Runtime& runtime, const Tensor& given, const std::shared_
       one.q += at;
       one.out = static_cast<std::byte*>(one.out) + at * static_cast<std::ptrdiff_t>(item);
       if (one.slopes != nullptr) one.slopes += first;
+      if (one.sinks != nullptr) one.sinks += first;
       one.queries = queries.count;
       one.position = batch->positions[static_cast<std::size_t>(queries.first)];
       one.table = batch->slots->table(batch->slot_ids[static_cast<std::size_t>(queries.row)]);

@@ -339,6 +339,7 @@ struct AttentionTile {
   float scale;
   float soft_cap;       // scores s become soft_cap * tanh(s / soft_cap); 0: no cap
   const float* slopes;  // of the group's heads, times the distance to a key; null: none
+  const float* sinks;   // of the group's heads: the score of a key whose value is zero; null: none
   void* out;            // the first query's
   Float out_type;
   std::ptrdiff_t out_stride;

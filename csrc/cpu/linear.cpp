@@ -343,6 +343,7 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<L
         block.w_stride = part.in;
         block.layout = part.layout;
         block.n = task.rows;
+        if (weights[group].bias) block.bias[0] = static_cast<const float*>(weights[group].bias->data) + task.row;
         block.y = out_rows + groups->first[group] * block.y_stride + task.row;
         if (following >= 0) {
           const auto [next, next_row] = start(following);

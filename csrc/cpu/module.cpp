@@ -299,8 +299,8 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def("paged_attention",
            [](cpu::Runtime& self, const Tensor& q, const std::shared_ptr<cpu::KVCache>& kv, int layer,
               const std::shared_ptr<cpu::Batch>& batch, float scale, int window, float soft_cap,
-              const std::optional<Tensor>& alibi) {
-             return cpu::paged_attention(self, q, kv, layer, batch, {scale, window, soft_cap, alibi});
+              const std::optional<Tensor>& alibi, const std::optional<Tensor>& sinks) {
+             return cpu::paged_attention(self, q, kv, layer, batch, {scale, window, soft_cap, alibi, sinks});
            })
       .def("copy_blocks",
            [](cpu::Runtime& self, const std::shared_ptr<cpu::KVCache>& source, std::vector<std::int32_t> sources,

@@ -94,9 +94,8 @@ Shape shape_of(const Experts::Weights& weights) {
           return rows;
         };
         for (const auto& weight : all)
-          if (parts(weight) != parts(all.front()) || width(weight) != width(all.front()) || weight.bias ||
-              !alike(weight, all.front()))
-            throw std::invalid_argument("experts must have weights of one kind and shape, and no biases");
+          if (parts(weight) != parts(all.front()) || width(weight) != width(all.front()) || !alike(weight, all.front()))
+            throw std::invalid_argument("experts must have weights of one kind and shape");
         return Shape{all.size(), all.front().out(), width(all.front())};
       },
       weights);

@@ -254,6 +254,7 @@ struct Scores {
   int window;
   float soft_cap = 0;           // 0: none
   std::optional<Tensor> alibi;  // float32 [heads]
+  std::optional<Tensor> sinks;  // float32 [heads]
 };
 
 Tensor paged_attention(Runtime& runtime, const Tensor& q, const std::shared_ptr<KVCache>& kv, int layer,

@@ -297,6 +297,7 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& given, const std::vector<Q
       one.m = groups->first[group + 1] - static_cast<int>(first);
       one.w = tiles(task);
       one.n = static_cast<int>(place.rows);
+      if (weights[group].bias) one.bias = static_cast<const float*>(weights[group].bias->data) + place.row;
       one.y += first * one.y_stride + place.row;
       one.next = following < 0 ? nullptr : tiles(following).qweight;
       kernels[static_cast<int>(weights[group].parts[place.part].scheme)](one);

@@ -22,6 +22,8 @@ static void with_activation(Activation activation, Function function) {
       return function(std::integral_constant<Activation, Activation::gelu>());
     case Activation::gelu_tanh:
       return function(std::integral_constant<Activation, Activation::gelu_tanh>());
+    case Activation::clamped_swiglu:
+      throw std::invalid_argument("activation clamped_swiglu: the cuda backend does not have it");
   }
 }
 

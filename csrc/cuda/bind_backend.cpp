@@ -15,6 +15,14 @@ using vllmlite::Tensor;
 
 namespace {
 
+// The activation of a gated MLP. Throws std::invalid_argument for one that this backend does not have.
+vllmlite::Activation activation_of(const std::string& name) {
+  const vllmlite::Activation activation = vllmlite::activation_of(name, true);
+  if (activation == vllmlite::Activation::clamped_swiglu)
+    throw std::invalid_argument("activation " + name + ": the cuda backend does not have it");
+  return activation;
+}
+
 // Returns `count` rows of `whole`, from row `first` on, as a tensor that shares its memory.
 Tensor part(const Tensor& whole, std::int64_t first, std::int64_t count) {
   Tensor rows = whole;
@@ -271,13 +279,15 @@ void bind_ops(RuntimeClass& runtime) {
            })
       .def("paged_attention",
            [](cuda::Runtime& self, const Tensor& q, const cuda::KVCache& kv, int layer, const cuda::Batch& batch,
-              float scale, int window, float soft_cap, const std::optional<Tensor>& alibi) {
+              float scale, int window, float soft_cap, const std::optional<Tensor>& alibi,
+              const std::optional<Tensor>& sinks) {
+             if (sinks) throw std::invalid_argument("paged_attention: the cuda backend has no attention sinks");
              return cuda::paged_attention(self, q, kv, layer, batch, scale, window, {soft_cap, alibi});
            })
       .def(
           "gated_activation",
           [](cuda::Runtime& self, const Tensor& x, const std::string& name, const cuda::LinearWeight* feeds) {
-            return cuda::gated_activation(self, x, vllmlite::activation_of(name, true), feeds);
+            return cuda::gated_activation(self, x, activation_of(name), feeds);
           },
           py::arg("x"), py::arg("activation"), py::arg("feeds") = py::none())
       .def("activation",
@@ -287,7 +297,7 @@ void bind_ops(RuntimeClass& runtime) {
       .def("moe",
            [](cuda::Runtime& self, const Tensor& x, const Tensor& router_logits, const cuda::Experts& experts,
               int top_k, bool renormalise, const std::string& name) {
-             return cuda::moe(self, x, router_logits, experts, top_k, renormalise, vllmlite::activation_of(name, true));
+             return cuda::moe(self, x, router_logits, experts, top_k, renormalise, activation_of(name));
            })
       .def("sample", [](cuda::Runtime& self, const Tensor& logits,
                         const cuda::Batch& batch) { return vllmlite::listed(cuda::sample(self, logits, batch)); })

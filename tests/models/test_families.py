@@ -98,6 +98,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"num_hidden_layers": 4, "max_window_layers": 3},
     ),
     "qwen3-moe-sliding": ("Qwen3Moe", MOE | {"use_sliding_window": True, "sliding_window": 7}),
+    "gpt-oss": (
+        "GptOss",
+        {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 9},
+    ),
     "gpt2": ("GPT2", {"n_inner": None}),
     "gpt2-untied": ("GPT2", {"n_inner": 80, "tie_word_embeddings": False}),
     "opt": ("OPT", {"ffn_dim": 96, "word_embed_proj_dim": 64}),

@@ -56,6 +56,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen2Moe",
         {**WIDE, "num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 128},
     ),
+    "experts in turn": (
+        "GptOss", {**WIDE, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 9}
+    ),
     "norms of single heads": ("StableLm", {**WIDE, "qk_layernorm": True}),
 }  # fmt: skip
 

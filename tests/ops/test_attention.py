@@ -68,6 +68,19 @@ def test_attention_with_edited_scores(
         rows.step(slots, counts, (None, 5))
 
 
+@pytest.mark.parametrize(("kv_heads", "kv_dtype"), [(2, None), (6, None), (1, "int8")])
+def test_attention_with_sinks(exact: Backend, kv_heads: int, kv_dtype: str | None) -> None:
+    """Sinks below, among and above the scores, and one without effect."""
+    if exact.name == "cuda":
+        pytest.skip("the cuda backend does not have attention sinks")
+    rows = Rows(exact, 6, kv_heads, 32, 4, kv_dtype=kv_dtype or exact.dtype)
+    rows.sinks = np.array([-4.0, 0.0, 0.5, 3.0, 20.0, -1e30])
+    for slot in range(7):
+        rows.admit(slot)
+    for slots, counts in STEPS:
+        rows.step(slots, counts, (None, 5))
+
+
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8_e4m3"])
 def test_edited_scores_over_quantised_caches_and_long_contexts(exact: Backend, kv_dtype: str) -> None:
     edited_scores(exact, kv_dtype)

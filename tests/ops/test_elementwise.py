@@ -97,6 +97,15 @@ def test_gated_activation(backend: Backend, activation: str) -> None:
     check(backend, backend.gated_activation(put(backend, x), activation), gated(x, activation))
 
 
+def test_a_clamped_gated_activation(backend: Backend) -> None:
+    x = numbers((7, 60), 0, 6)
+    if backend.name == "cuda":
+        with pytest.raises(BackendError, match="clamped_swiglu"):
+            backend.gated_activation(put(backend, x), "clamped_swiglu")
+        return
+    check(backend, backend.gated_activation(put(backend, x), "clamped_swiglu"), gated(x, "clamped_swiglu"))
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
 def test_activation(backend: Backend, activation: str) -> None:
     x = numbers((7, 61), 0, 3)

@@ -7,15 +7,22 @@ from typing import Any
 import numpy as np
 import pytest
 from op_backends import Array, check, host, invariant, numbers, put
-from op_formulas import activated
+from op_formulas import gated
 
 from vllmlite.backends.base import Backend, Expert
 from vllmlite.weights.adapter import EXPERTS, AdapterLimits, LowRank
-from vllmlite.weights.host import FLOAT_DTYPES
+from vllmlite.weights.host import FLOAT_DTYPES, HostWeight
 
 
 def mixture(
-    x: Array, logits: Array, gate_up: list[Array], down: list[Array], top_k: int, renormalise: bool
+    x: Array,
+    logits: Array,
+    gate_up: list[Array],
+    down: list[Array],
+    top_k: int,
+    renormalise: bool,
+    activation: str = "silu",
+    biases: list[tuple[Array, Array]] | None = None,
 ) -> Array:
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -24,21 +31,34 @@ def mixture(
         chosen = sorted(np.argsort(-logits[token], kind="stable")[:top_k])
         total = weights[token, chosen].sum() if renormalise else 1.0
         for expert in chosen:
-            gate, up = np.split(gate_up[expert] @ row, 2)
-            out[token] += weights[token, expert] / total * (down[expert] @ (activated(gate, "silu") * up))
+            first, second = biases[expert] if biases else (0.0, 0.0)
+            inner = gated(gate_up[expert] @ row + first, activation)
+            out[token] += weights[token, expert] / total * (down[expert] @ inner + second)
     return out
 
 
-def experts_of(backend: Backend, gate_up: list[Array], down: list[Array]) -> Any:
-    return backend.experts(
-        [
+def experts_of(
+    backend: Backend,
+    gate_up: list[Array],
+    down: list[Array],
+    biases: list[tuple[Array, Array]] | None = None,
+    quantization: str | None = None,
+) -> Any:
+    def packed(values: Array) -> HostWeight:
+        weight = host(backend, values)
+        return weight if quantization is None else backend.quantize(weight, quantization)
+
+    experts = []
+    for index, (first, second) in enumerate(zip(gate_up, down, strict=True)):
+        own, last = biases[index] if biases else (None, None)
+        halves = [] if own is None else [host(backend, half) for half in np.split(own, 2)]
+        experts.append(
             Expert(
-                backend.linear_weight([host(backend, part) for part in np.split(first, 2)]),
-                backend.linear_weight([host(backend, second)]),
+                backend.linear_weight([packed(part) for part in np.split(first, 2)], halves),
+                backend.linear_weight([packed(second)], [] if last is None else [host(backend, last)]),
             )
-            for first, second in zip(gate_up, down, strict=True)
-        ]
-    )
+        )
+    return backend.experts(experts)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +126,30 @@ def test_experts_have_adapters(backend: Backend, tokens: int, top_k: int) -> Non
         own = adapters == index
         expected[own] = mixture(x[own], logits[own], *weights, top_k, True)
     check(backend, found, expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 150])
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_experts_with_biases(exact: Backend, tokens: int, quantization: str | None) -> None:
+    """The mixture of gpt-oss."""
+    if exact.name == "cuda":
+        pytest.skip("the cuda backend does not have biases of experts")
+    x, logits, gate_up, down = a_mixture(tokens, 7, 64, 32)
+    biases = [(numbers((64,), 30 + expert), numbers((64,), 40 + expert)) for expert in range(7)]
+    found = exact.moe(
+        put(exact, x),
+        put(exact, logits),
+        experts_of(exact, gate_up, down, biases, quantization),
+        2,
+        True,
+        "clamped_swiglu",
+    )
+    expected = mixture(x, logits, gate_up, down, 2, True, "clamped_swiglu", biases)
+    if quantization is None:
+        check(exact, found, expected)
+    else:
+        error = np.abs(exact.to_host(found) - expected).max(-1)
+        assert (error <= 0.06 * np.abs(expected).max(-1)).all()
 
 
 def a_mixture(

@@ -51,10 +51,13 @@ def write_values(source: Path, target: Path, tensors: Values) -> Path:
     stored: Values = {}
     for name, one in sources(read_spec(source)).items():
         whole = stored.setdefault(one.key, np.zeros(one.stored, np.float32))
-        rows, begin = (whole.T if one.transposed else whole), 0
+        matrix = whole.reshape(-1, *one.stored[2:]) if one.stacked else whole
+        rows, begin = (matrix.T if one.transposed else matrix), 0
         for first, last in one.rows or ((0, len(rows)),):
-            rows[first:last] = tensors[name][begin : begin + last - first].reshape(rows[first:last].shape)
-            begin += last - first
+            part = rows[first : last : one.step]
+            part = part if one.columns is None else part[:, slice(*one.columns)]
+            part[:] = tensors[name][begin : begin + len(part)].reshape(part.shape)
+            begin += len(part)
     target.mkdir()
     save_file(stored, target / "model.safetensors")
     shutil.copy(source / "config.json", target)

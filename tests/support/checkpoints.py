@@ -37,8 +37,9 @@ def write_checkpoint(
     named = getattr(transformers, f"{family}TextConfig", None) or getattr(transformers, f"{family}Config")
     config = named(**TINY | changes)
     torch.manual_seed(seed)
-    # Eager attention adds Falcon's linear biases twice, and alone caps Gemma 2's scores and knows BLOOM's biases.
-    attention = "eager" if family in ("Gemma2", "Bloom") else "sdpa"
+    # Eager attention adds Falcon's linear biases twice, and alone caps Gemma 2's scores, knows BLOOM's biases, and
+    # attends to gpt-oss's sinks.
+    attention = "eager" if family in ("Gemma2", "Bloom", "GptOss") else "sdpa"
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     one = 0.0 if family.startswith("Gemma") else 1.0
     with torch.no_grad():

@@ -24,8 +24,8 @@ TOP = {
 LAYER = {
     "attn_norm": "attn_norm", "attn_out_norm": "post_attention_norm", "mlp_norm": "ffn_norm",
     "mlp_out_norm": "post_ffw_norm", "q": "attn_q", "k": "attn_k", "v": "attn_v", "q_norm": "attn_q_norm",
-    "k_norm": "attn_k_norm", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down",
-    "router": "ffn_gate_inp", "shared.gate": "ffn_gate_shexp", "shared.up": "ffn_up_shexp",
+    "k_norm": "attn_k_norm", "sinks": "attn_sinks", "o": "attn_output", "gate": "ffn_gate", "up": "ffn_up",
+    "down": "ffn_down", "router": "ffn_gate_inp", "shared.gate": "ffn_gate_shexp", "shared.up": "ffn_up_shexp",
     "shared.down": "ffn_down_shexp", "shared_gate": "ffn_gate_inp_shexp",
 }  # fmt: skip
 NEIGHBOURS = ("llama", "granite", "smollm3")
@@ -62,6 +62,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "granite": ("granite", "Granite", {"embedding_multiplier": 12.0, "attention_multiplier": 0.25,
                                        "residual_multiplier": 0.22, "logits_scaling": 8.0}),
     "smollm3": ("smollm3", "SmolLM3", {"num_hidden_layers": 5}),
+    "gpt-oss": ("gpt-oss", "GptOss", {"head_dim": 16, "num_local_experts": 5, "num_experts_per_tok": 2}),
     "stablelm": ("stablelm", "StableLm", {"use_qkv_bias": True}),
     "stablelm-parallel": ("stablelm", "StableLm", {"use_parallel_residual": True}),
     "gpt2": ("gpt2", "GPT2", {"n_inner": None}),
@@ -85,6 +86,8 @@ def tensors_of(source: Path, name: str, kind: str = "F32") -> dict[str, Stored]:
     for ours in weights.sources:
         values = float_values(weights.floats(ours))
         module, part = ours.rsplit(".", 1)
+        if part == "sinks":
+            module, part = f"{module}.sinks", "weight"
         if module in TOP:
             stored = TOP[module]
         else:
@@ -97,6 +100,8 @@ def tensors_of(source: Path, name: str, kind: str = "F32") -> dict[str, Stored]:
                 stored = "ffn_up"
             elif name == "falcon" and spec.mlp_norm and spec.parallel and module.endswith("_norm"):
                 stored = {"attn_norm": "attn_norm_2", "mlp_norm": "attn_norm"}[module]
+            elif name == "gpt-oss" and module == "mlp_norm":
+                stored = "post_attention_norm"
             elif module.startswith("experts."):
                 stored, values = f"ffn_{module.rsplit('.', 1)[1]}_exps", values[None]
             else:
@@ -107,7 +112,11 @@ def tensors_of(source: Path, name: str, kind: str = "F32") -> dict[str, Stored]:
         found[f"{stored}.{part}"].append(values[0] if module == "shared_gate" else values)
     made = {stored: np.concatenate(parts) for stored, parts in found.items()}
     return {
-        stored: (of_kind := kind if values.ndim > 1 else "F32", values.shape, blocks(of_kind, values))
+        stored: (
+            of_kind := kind if values.ndim > 1 and not stored.endswith(".bias") else "F32",
+            values.shape,
+            blocks(of_kind, values),
+        )
         for stored, values in made.items()
     }
 
@@ -134,6 +143,12 @@ def metadata_of(spec: DecoderSpec, name: str) -> dict[str, Any]:
         found |= {"rope.freq_base": ropes[0].theta, "rope.dimension_count": ropes[0].rotary_dim}
         if ropes[0].kind == "linear":
             found |= {"rope.scaling.type": "linear", "rope.scaling.factor": ropes[0].factor}
+        if ropes[0].kind == "yarn":
+            found |= {
+                "rope.scaling.type": "yarn",
+                "rope.scaling.factor": ropes[0].factor,
+                "rope.scaling.original_context_length": ropes[0].original_max_position,
+            }
         if ropes[0].kind == "longrope":
             found |= {
                 "rope.scaling.original_context_length": ropes[0].original_max_position,

@@ -35,6 +35,7 @@ def attention(
     window: int | None,
     soft_cap: float | None = None,
     alibi: Array | None = None,
+    sinks: Array | None = None,
 ) -> tuple[Array, Array]:
     """Attention of one row: ``q [n, H, D]`` are its last tokens, ``k`` and ``v`` are ``[context, K, D]``. Returns the
     result ``[n, H * D]`` and its sensitivity to independent relative rounding errors of the weights: the root of the
@@ -54,8 +55,10 @@ def attention(
         if alibi is not None:
             scores = scores + alibi[head] * (keys - at)
         scores = np.where(seen, scores, -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
+        sink = -np.inf if sinks is None else sinks[head]
+        most = np.maximum(scores.max(-1, keepdims=True), sink)
+        weights = np.exp(scores - most)
+        weights /= weights.sum(-1, keepdims=True) + np.exp(sink - most)
         out[:, head] = weights @ v[:, group]
         spread[:, head] = (1 + largest) * np.sqrt(weights**2 @ v[:, group] ** 2)
     return out.reshape(len(q), -1), spread.reshape(len(q), -1)
@@ -120,6 +123,7 @@ class Rows:
         self.interleaved = False
         self.soft_cap: float | None = None
         self.alibi: Array | None = None
+        self.sinks: Array | None = None
         self.keys: dict[int, Array] = {}
         self.values: dict[int, Array] = {}
         self.seed = 0
@@ -193,15 +197,25 @@ class Rows:
                 for parts in zip(
                     *(
                         attention(
-                            piece, self.keys[slot], self.values[slot], 0.25, window, self.soft_cap, self.alibi
+                            piece,
+                            self.keys[slot],
+                            self.values[slot],
+                            0.25,
+                            window,
+                            self.soft_cap,
+                            self.alibi,
+                            self.sinks,
                         )
                         for piece, slot in zip(pieces, slots, strict=True)
                     ),
                     strict=True,
                 )
             )
-            slopes = None if self.alibi is None else self.backend.tensor(self.alibi.astype(np.float32))
+            slopes, sinks = (
+                None if values is None else self.backend.tensor(values.astype(np.float32))
+                for values in (self.alibi, self.sinks)
+            )
             found = self.backend.paged_attention(
-                q, self.paged.kv, 1, batch, 0.25, window, self.soft_cap, slopes
+                q, self.paged.kv, 1, batch, 0.25, window, self.soft_cap, slopes, sinks
             )
             check(self.backend, found, expected, attention_bound(self.backend.dtype, expected, spread))

@@ -23,5 +23,8 @@ def activated(x: Array, activation: str) -> Array:
 
 
 def gated(x: Array, activation: str) -> Array:
-    gate, up = np.split(x, 2, 1)
+    gate, up = np.split(x, 2, -1)
+    if activation == "clamped_swiglu":
+        gate = np.minimum(gate, 7)
+        return np.asarray(gate / (1 + np.exp(-1.702 * gate)) * (np.clip(up, -7, 7) + 1))
     return np.asarray(activated(gate, activation) * up)

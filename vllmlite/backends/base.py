@@ -79,7 +79,8 @@ class Rope:
 
 @dataclass(frozen=True, slots=True)
 class Expert:
-    """An MLP of :meth:`Backend.moe`: weights ``[2 * I, hidden]``, gate first, and ``[hidden, I]``, without biases."""
+    """An MLP of :meth:`Backend.moe`: weights ``[2 * I, hidden]``, gate first, and ``[hidden, I]``; either all experts
+    have biases or none. The cuda backend does not have biases of experts."""
 
     gate_up: LinearWeight
     down: LinearWeight
@@ -392,6 +393,7 @@ class Backend(ABC):
         window: int | None = None,
         soft_cap: float | None = None,
         alibi: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Return causal attention ``[T, H * D]`` of ``q [T, H, D]`` over the cached keys and values of each token's own
         row, with the softmax in float32, for decode, ragged prefill and mixtures of both. Query head ``h`` uses
@@ -399,12 +401,15 @@ class Backend(ABC):
 
         With ``window``, a token attends to itself and to the ``window - 1`` tokens before it. With ``soft_cap``, a
         scaled score s becomes ``soft_cap * tanh(s / soft_cap)``. With ``alibi``, float32 slopes ``[H]``, the head's
-        slope times (position of the key - position of the query) is added to the score."""
+        slope times (position of the key - position of the query) is added to the score. With ``sinks``, float32
+        ``[H]``, the softmax has one more key, with the head's sink as its score and a value of zero; the cuda backend
+        has no sinks."""
 
     @abstractmethod
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:
         """Return ``f(gate) * up`` of ``x = [gate | up] [T, 2 * I]``: ``[T, I]``; ``activation`` is ``silu``, ``gelu``
-        or ``gelu_tanh``."""
+        or ``gelu_tanh``. With ``clamped_swiglu`` (gpt-oss), which the cuda backend does not have, return ``gate *
+        sigmoid(1.702 * gate) * (up + 1)``, where the gate is at most 7 and up is clamped to -7 and 7."""
 
     def gated_linear(
         self, x: Tensor, weight: LinearWeight, activation: str, feeds: LinearWeight | None = None

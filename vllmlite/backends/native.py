@@ -136,10 +136,11 @@ class NativeBackend(Backend):
         window: int | None = None,
         soft_cap: float | None = None,
         alibi: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         tokens = NO_WINDOW if window is None else min(window, NO_WINDOW)
         return self._runtime.paged_attention(
-            q, kv, layer, batch.backend, scale, tokens, soft_cap or 0.0, alibi
+            q, kv, layer, batch.backend, scale, tokens, soft_cap or 0.0, alibi, sinks
         )
 
     def gated_activation(self, x: Tensor, activation: str) -> Tensor:

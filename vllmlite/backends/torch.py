@@ -434,27 +434,32 @@ class TorchBackend(Backend):
         window: int | None = None,
         soft_cap: float | None = None,
         alibi: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         plan: StepPlan = batch.backend
-        edited = soft_cap is not None or alibi is not None
+        scores = Scores(scale, soft_cap, alibi, sinks)
         if window is not None and window >= batch.max_context:
             window = None
-        key = (kv.spec, q.shape[1], window, edited)
+        key = (kv.spec, q.shape[1], window, scores.edited)
         groups = plan.groups.get(key)
         if groups is None:
             item_size = self._attention_dtype.itemsize
             groups = plan_groups(
-                plan.rows, kv.spec, q.shape[1], item_size, window, edited, plan.block_table, self._put
+                plan.rows, kv.spec, q.shape[1], item_size, window, scores.edited, plan.block_table, self._put
             )
             plan.groups[key] = groups
-        scores = Scores(scale, soft_cap, alibi)
         return attend(q, kv, layer, groups, scores, self._attention_dtype)
 
     @torch.inference_mode()
     def gated_activation(self, x: torch.Tensor, activation: str) -> torch.Tensor:
-        if activation not in ("silu", "gelu", "gelu_tanh"):
-            raise BackendError(f"activation {activation}: the torch backend has silu, gelu and gelu_tanh")
         gate, up = x.chunk(2, -1)
+        if activation == "clamped_swiglu":
+            gate = gate.clamp(max=7.0)
+            return torch.sigmoid(1.702 * gate).mul_(gate).mul_(up.clamp(-7.0, 7.0) + 1)
+        if activation not in ("silu", "gelu", "gelu_tanh"):
+            raise BackendError(
+                f"activation {activation}: the torch backend has silu, gelu, gelu_tanh and clamped_swiglu"
+            )
         return _ACTIVATIONS[activation](gate).mul_(up)
 
     @torch.inference_mode()

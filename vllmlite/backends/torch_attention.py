@@ -329,16 +329,17 @@ def _group(
 @dataclass(frozen=True, slots=True)
 class Scores:
     """How attention scores are changed before the softmax: scaled, soft-capped, and with ALiBi's slope times distance
-    added."""
+    added. ``sinks`` are scores of keys without values, one for each head, that take part in the softmax."""
 
     scale: float
     soft_cap: float | None = None
     alibi: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def edited(self) -> bool:
         """Whether scores are changed beyond scaling."""
-        return self.soft_cap is not None or self.alibi is not None
+        return self.soft_cap is not None or self.alibi is not None or self.sinks is not None
 
 
 def attend(
@@ -405,4 +406,8 @@ def _edited_attention(
         )
     if mask is not None:
         found += mask
-    return found.softmax(-1).to(values.dtype) @ values
+    if scores.sinks is None:
+        return found.softmax(-1).to(values.dtype) @ values
+    shape = found.shape[0], q.shape[1], group.queries, -1
+    sinks = scores.sinks.view(1, q.shape[1], 1, -1).expand(shape).reshape(*found.shape[:-1], 1)
+    return torch.cat((found, sinks), -1).softmax(-1)[..., :-1].to(values.dtype) @ values

@@ -80,6 +80,7 @@ class _Layer:
     k_norm: Tensor | None
     rope: Rope | None
     window: int | None
+    sinks: Tensor | None
     o: _Linear
     attn_out_norm: _Norm | None
     mlp_norm: _Norm | None
@@ -303,7 +304,15 @@ class Decoder:
             spec.norm.eps,
         )
         x = ops.paged_attention(
-            q, kv, index, batch, self._scale, layer.window, spec.attention_soft_cap, self._alibi
+            q,
+            kv,
+            index,
+            batch,
+            self._scale,
+            layer.window,
+            spec.attention_soft_cap,
+            self._alibi,
+            layer.sinks,
         )
         return self._comm.all_reduce(self._linear(x, layer.o, batch))
 
@@ -381,6 +390,9 @@ class _Loader:
             k_norm=self.head_norm(f"{name}k_norm", spec.num_kv_heads) if spec.qk_norm else None,
             rope=None if layer.rope is None else self.ropes[layer.rope],
             window=layer.window,
+            sinks=self.backend.tensor(self.weights.floats(f"{name}sinks"), "float32")
+            if spec.attention_sinks
+            else None,
             o=self.linear(name, "o"),
             attn_out_norm=self.norm(f"{name}attn_out_norm") if spec.attn_out_norm else None,
             mlp_norm=self.norm(f"{name}mlp_norm") if spec.mlp_norm else None,
@@ -400,11 +412,11 @@ class _Loader:
         experts = [self.expert(f"{name}experts.{expert}.") for expert in range(moe.num_experts)]
         return _Moe(
             spec=moe,
-            router=self.named(self.float_weight(f"{name}router.weight"), f"{name}router"),
+            router=self.named(self.float_weight(f"{name}router"), f"{name}router"),
             experts=self.backend.experts([Expert(up.weight, down.weight) for up, down in experts]),
             linears=experts,
             shared=self.mlp(f"{name}shared.") if shared else None,
-            shared_gate=self.float_weight(f"{name}shared_gate.weight") if shared else None,
+            shared_gate=self.float_weight(f"{name}shared_gate") if shared else None,
         )
 
     def linear(self, name: str, *parts: str) -> _Linear:
@@ -429,8 +441,10 @@ class _Loader:
         return weight
 
     def float_weight(self, name: str) -> LinearWeight:
-        """Return a weight that is never quantised: a router or a gate."""
-        return self.backend.linear_weight([self.weights.floats(name)])
+        """Return a weight that is never quantised, a router or a gate, and its bias if it has one."""
+        bias = self.weights.optional(f"{name}.bias")
+        biases = [] if bias is None else [bias]
+        return self.backend.linear_weight([self.weights.floats(f"{name}.weight")], biases)
 
     def norm(self, name: str) -> _Norm:
         bias = self.weights.optional(f"{name}.bias")

@@ -13,6 +13,7 @@ from vllmlite.models import (
     gemma,
     gpt2,
     gpt_neox,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -43,6 +44,8 @@ class Family:
     title: str
     model_type: str
     spec: Callable[[HfConfig, str], DecoderSpec]
+    cuda: bool = True
+    """Whether the cuda backend has all ops that it needs."""
     bfloat16: bool = True
     """Whether its float checkpoints are published in bfloat16. If so, some activations may exceed float16's range, and
     float16 in the configuration of a checkpoint that a tool has quantised is the tool's choice, not the model's."""
@@ -64,6 +67,7 @@ FAMILIES: dict[str, Family] = {
     "GraniteForCausalLM": Family("Granite 3", "granite", granite.spec),
     "SmolLM3ForCausalLM": Family("SmolLM3", "smollm3", smollm3.spec),
     "StableLmForCausalLM": Family("StableLM", "stablelm", stablelm.spec, bfloat16=False),
+    "GptOssForCausalLM": Family("gpt-oss", "gpt_oss", gpt_oss.spec, cuda=False),
     "GPT2LMHeadModel": Family("GPT-2", "gpt2", gpt2.spec, bfloat16=False),
     "OPTForCausalLM": Family("OPT", "opt", opt.spec, bfloat16=False),
     "GPTNeoXForCausalLM": Family("GPT-NeoX, Pythia", "gpt_neox", gpt_neox.spec, bfloat16=False),

@@ -114,6 +114,8 @@ def gguf_config(path: Path) -> dict[str, Any]:
     if name in LARGEST_GEMMA_LAYERS:
         largest = layers == LARGEST_GEMMA_LAYERS[name]
         config["query_pre_attn_scalar"] = hidden / heads if largest else head_dim
+    if name == "gpt-oss" and config["rope_scaling"] is not None:
+        config["rope_scaling"]["truncate"] = False
     if name == "gpt2":
         config["n_inner"] = inner
     if name == "falcon":

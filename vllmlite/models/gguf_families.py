@@ -134,6 +134,20 @@ FAMILIES: dict[str, GgufFamily] = {
         reordered=True,
     ),
     "smollm3": GgufFamily("SmolLM3ForCausalLM", "smollm3", _RMS, biases=_LLAMA_BIASES, reordered=True),
+    "gpt-oss": GgufFamily(
+        "GptOssForCausalLM",
+        "gpt_oss",
+        {
+            **_RMS,
+            **_WINDOW,
+            "num_local_experts": "expert_count",
+            "num_experts_per_tok": "expert_used_count",
+            "intermediate_size": "expert_feed_forward_length",
+        },
+        biases=_ATTENTION_BIAS,
+        keys=replace(KEYS, mlp_norm="post_attention_norm", sinks="attn_sinks.weight"),
+        alternates=True,
+    ),
     "stablelm": GgufFamily(
         "StableLmForCausalLM",
         "stablelm",

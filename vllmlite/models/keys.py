@@ -37,6 +37,8 @@ class Keys:
     mlp_out_norm: str = "post_mlp_layernorm"
     qkv: Fused | tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     o: str = "self_attn.o_proj"
+    sinks: str = "self_attn.sinks"
+    """The tensor of attention sinks."""
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     gate_up: Fused | tuple[str, str] = ("mlp.gate_proj", "mlp.up_proj")
@@ -50,6 +52,9 @@ class Keys:
     stacked_experts: tuple[str, str, str] | None = None
     """Modules that hold the gate, up and down projections of all experts of a layer, one expert's rows after another's;
     None: each expert has modules named by ``expert``."""
+    interleaved_experts: tuple[str, str] | None = None
+    """Modules that hold all experts of a layer: gate and up projections, whose rows alternate, and down projections. As
+    floats they are stored as ``[experts, in, out]``, quantised as ``[experts, out, in]``. None: not stored so."""
     shared_expert: str = "mlp.shared_expert."
     shared_parts: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared_gate: str = "mlp.shared_expert_gate"

@@ -69,8 +69,9 @@ def declining(plan: Plan) -> dict[str, str]:
 
 def _on_cuda(spec: DecoderSpec) -> bool:
     """Return whether the cuda backend supports all that the model needs."""
+    family = MULTIMODAL[spec.architecture].family if spec.architecture in MULTIMODAL else spec.architecture
     experts = max(0 if layer.moe is None else layer.moe.num_experts for layer in spec.layers)
-    return spec.qk_norm != "layer" and experts <= CUDA_EXPERTS
+    return FAMILIES[family].cuda and spec.qk_norm != "layer" and experts <= CUDA_EXPERTS
 
 
 def plan_model(path: Path, model_impl: str = "auto") -> Plan:

@@ -19,7 +19,7 @@ from vllmlite.weights.not_checkpoints import quantization_of
 from vllmlite.weights.schemes.awq import AwqScheme
 from vllmlite.weights.schemes.bitsandbytes import Bnb4Scheme, Bnb8Scheme
 from vllmlite.weights.schemes.compressed import IntScheme, PackedIntScheme
-from vllmlite.weights.schemes.float4 import MXFP4, NVFP4_COMPRESSED, NVFP4_MODELOPT
+from vllmlite.weights.schemes.float4 import MXFP4, MXFP4_EXPERTS, NVFP4_COMPRESSED, NVFP4_MODELOPT
 from vllmlite.weights.schemes.float8 import BLOCK, Float8Scheme
 from vllmlite.weights.schemes.gptq import GptqScheme
 from vllmlite.weights.schemes.tiles import GROUP, TILES
@@ -232,6 +232,12 @@ def _block(section: HfConfig, key: str) -> tuple[int, int]:
     return value[0], value[1]
 
 
+def _mxfp4(section: HfConfig) -> Quantization:
+    """gpt-oss: the experts, and nothing else."""
+    experts = Modules(frozenset({"mlp.experts"}))
+    return Quantization("mxfp4", (_floats(section, "modules_to_not_convert"), (experts, MXFP4_EXPERTS)))
+
+
 def _modelopt(section: HfConfig) -> Quantization:
     schemes: dict[str, Scheme] = {"FP8": Float8Scheme("tensor", inputs="static"), "NVFP4": NVFP4_MODELOPT}
     name = section.choice("quant_algo", {name: name for name in schemes})
@@ -393,10 +399,9 @@ def _matching(section: HfConfig, key: str, expressions: Sequence[str]) -> Module
 
 _READERS: dict[str, Callable[[HfConfig], Quantization]] = {
     OWN: _own, "awq": _awq, "gptq": _gptq, "fp8": _float8, "modelopt": _modelopt, "bitsandbytes": _bitsandbytes,
-    "compressed-tensors": _compressed, "auto-round": _auto_round,
+    "compressed-tensors": _compressed, "auto-round": _auto_round, "mxfp4": _mxfp4,
 }  # fmt: skip
 _HINTS = {
-    "mxfp4": "gpt-oss's experts are not read; take a GGUF file or another model",
     "quark": "export it as fp8 or compressed-tensors",
     "torchao": "save it dequantised, or quantise it with another tool",
     "hqq": "save it dequantised, or quantise it with another tool",

@@ -64,6 +64,8 @@ class MoeSpec:
     intermediate_size: int
     renormalise: bool
     """Whether the weights of the chosen experts are scaled to sum to one."""
+    bias: bool = False
+    """Whether the router and the experts have biases."""
     shared_intermediate_size: int = 0
     """Intermediate size of an expert for all tokens, which has its own gate; 0 if there is none."""
 
@@ -157,6 +159,8 @@ class DecoderSpec:
     qk_norm: str | None = None
     """Norms of q and k before rotation: ``head`` is an RMS norm of each head, ``whole`` one of all heads together,
     ``layer`` a layer norm with its own weight for each head. None if there are none."""
+    attention_sinks: bool = False
+    """Whether each head has a learnt score of one more key, whose value is zero (Xiao et al. 2023; OpenAI 2025)."""
     alibi: tuple[float, ...] = ()
     """ALiBi (Press et al. 2021): the slope of each head, by which distances are multiplied and added to the scaled
     scores. Empty if the model has none."""

@@ -104,6 +104,10 @@ class _Sources:
         yield from self.attention_input(name, key)
         yield from self.head_norm(f"{name}q_norm", key + keys.q_norm, self.shard.heads)
         yield from self.head_norm(f"{name}k_norm", key + keys.k_norm, self.shard.kv_heads)
+        if spec.attention_sinks:
+            count = self.stored.num_heads
+            rows = _rows(self.shard.heads, count)
+            yield f"{name}sinks", Source(key + keys.sinks, (count,), (_size(self.shard.heads),), rows)
         head, stored = spec.head_dim, self.stored
         columns = self.shard.heads[0] * head, self.shard.heads[1] * head
         attended = stored.num_heads * head
@@ -183,21 +187,36 @@ class _Sources:
     def moe(self, name: str, key: str, moe: MoeSpec) -> Named:
         keys, hidden = self.keys, self.spec.hidden_size
         yield f"{name}router.weight", _whole(f"{key}{keys.router}.weight", (moe.num_experts, hidden))
+        if moe.bias:
+            yield f"{name}router.bias", _whole(f"{key}{keys.router}.bias", (moe.num_experts,))
         inner = moe.intermediate_size
         for expert in range(moe.num_experts):
-            if keys.stacked_experts is None:
+            if keys.interleaved_experts is not None:
+                yield from self.interleaved_expert(
+                    f"{name}experts.{expert}.", key, keys.interleaved_experts, expert, moe
+                )
+            elif keys.stacked_experts is None:
                 parts = [f"{key}{keys.expert}{expert}.{part}" for part in keys.expert_parts]
-                yield from self.expert(f"{name}experts.{expert}.", parts, inner)
+                yield from self.expert(f"{name}experts.{expert}.", parts, inner, bias=moe.bias)
             else:
                 parts = [key + module for module in keys.stacked_experts]
-                yield from self.expert(f"{name}experts.{expert}.", parts, inner, expert, moe.num_experts)
+                yield from self.expert(
+                    f"{name}experts.{expert}.", parts, inner, expert, moe.num_experts, bias=moe.bias
+                )
         if moe.shared_intermediate_size:
             parts = [key + keys.shared_expert + part for part in keys.shared_parts]
             yield from self.expert(f"{name}shared.", parts, moe.shared_intermediate_size)
             yield f"{name}shared_gate.weight", _whole(f"{key}{keys.shared_gate}.weight", (1, hidden))
 
     def expert(
-        self, name: str, modules: Sequence[str], inner: int, index: int = 0, stacked: int = 1
+        self,
+        name: str,
+        modules: Sequence[str],
+        inner: int,
+        index: int = 0,
+        stacked: int = 1,
+        *,
+        bias: bool = False,
     ) -> Named:
         """Return the gate, up and down projections of expert ``index``; each stored tensor holds ``stacked``
         experts."""
@@ -215,6 +234,67 @@ class _Sources:
                     _columns(columns, size),
                 ),
             )
+            if bias and (own != "down" or self.shard.rank == 0):
+                yield (
+                    f"{name}{own}.bias",
+                    Source(f"{module}.bias", (stacked, out), (_size(rows),), (own_rows,), stacked=True),
+                )
+
+    def interleaved_expert(
+        self, name: str, key: str, modules: tuple[str, str], expert: int, moe: MoeSpec
+    ) -> Named:
+        """Gate, up and down of an expert whose gate and up projections are stored in turn; see
+        :attr:`Keys.interleaved_experts`."""
+        hidden, inner, count = self.spec.hidden_size, moe.intermediate_size, moe.num_experts
+        first, last = self.shard.part(inner)
+        gate_up, down = (key + module for module in modules)
+        for turn, part in enumerate(("gate", "up")):
+            begin, end = 2 * first + turn, 2 * last
+            yield (
+                f"{name}{part}.weight",
+                self.stacked(gate_up, expert, count, (2 * inner, hidden), (begin, end), None, 2),
+            )
+            if moe.bias:
+                rows = ((expert * 2 * inner + begin, expert * 2 * inner + end),)
+                yield (
+                    f"{name}{part}.bias",
+                    Source(
+                        f"{gate_up}.bias", (count, 2 * inner), (last - first,), rows, stacked=True, step=2
+                    ),
+                )
+        yield (
+            f"{name}down.weight",
+            self.stacked(down, expert, count, (hidden, inner), (0, hidden), (first, last)),
+        )
+        if moe.bias and self.shard.rank == 0:
+            rows = ((expert * hidden, (expert + 1) * hidden),)
+            yield f"{name}down.bias", Source(f"{down}.bias", (count, hidden), (hidden,), rows, stacked=True)
+
+    def stacked(
+        self,
+        module: str,
+        expert: int,
+        count: int,
+        size: tuple[int, int],
+        rows: Span,
+        columns: Span | None,
+        step: int = 1,
+    ) -> Source:
+        """Every ``step``-th of ``rows``, and ``columns``, of the weight ``[out, in]`` of ``size`` of one of ``count``
+        experts."""
+        (out, inner), key, quantization = size, f"{module}.weight", self.spec.quantization
+        shape = len(range(*rows, step)), inner if columns is None else _size(columns)
+        if quantization is not None and quantization.scheme(key) is not None:
+            own = (expert * out + rows[0], expert * out + rows[1])
+            columns = columns and _columns(columns, inner)
+            return Source(
+                key, (count, out, inner), shape, (own,), columns, product=True, stacked=True, step=step
+            )
+        first, last = columns or (0, inner)
+        own_columns = expert * inner + first, expert * inner + last
+        return Source(
+            key, (count, inner, out), shape, (rows,), own_columns, True, product=True, stacked=True, step=step
+        )
 
     def norm(self, name: str, module: str) -> Named:
         yield f"{name}.weight", _whole(f"{module}.weight", (self.spec.hidden_size,))

@@ -46,6 +46,12 @@ class DirectoryOutput(Output):
                 settings.format,
                 f"accepted for {spec.architecture}, whose vision tower is not copied: int8, int4 and those of GGUF",
             )
+        if spec.keys.interleaved_experts is not None:
+            raise ParameterError(
+                "format",
+                settings.format,
+                f"accepted for {spec.architecture}: formats of GGUF, such as gguf-q4_0",
+            )
         gates = [
             one.key.removesuffix(".weight")
             for name, one in sources(spec).items()

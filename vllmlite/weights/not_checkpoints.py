@@ -76,6 +76,7 @@ _TENSORS: tuple[tuple[str, str], ...] = (
     (".weight_scale_2", "NVFP4 (ModelOpt)"),
     (".weight_scale_inv", "FP8 in blocks"),
     (".weight_scale", "FP8 or INT8 with scales"),
+    ("_proj_blocks", "MXFP4 (gpt-oss)"),
     (".biases", "MLX's quantisation"),
 )
 """Parts of tensor names by which a quantisation format is recognised."""

@@ -10,13 +10,16 @@ from functools import cache
 
 from vllmlite.backends.base import Backend
 from vllmlite.weights.host import HostTensor, HostWeight, PackedWeight, Scheme
+from vllmlite.weights.schemes.float4 import MXFP4
 from vllmlite.weights.schemes.float8 import Float8Scheme
-from vllmlite.weights.schemes.gguf_blocks import BlockScheme, to_tiles
+from vllmlite.weights.schemes.gguf_blocks import BLOCK_SCHEMES, BlockScheme, to_tiles
 from vllmlite.weights.schemes.grouped import GroupableScheme, GroupedScheme
 from vllmlite.weights.schemes.tiles import TILES
 
 logger = logging.getLogger(__name__)
 
+GGML_MXFP4 = BLOCK_SCHEMES["MXFP4"]
+"""ggml's blocks of the scheme MXFP4."""
 LOAD_SCHEMES: dict[str, Scheme] = {**TILES, "fp8": Float8Scheme("channel", inputs="dynamic")}
 """The scheme of weights that are quantised at load, by the name of the quantisation."""
 
@@ -43,6 +46,8 @@ class Packing:
         native = stored is not None and stored.name in self.backend.schemes
         if isinstance(stored, BlockScheme):
             if self.quantization is None:
+                if self.keep_blocks and stored is GGML_MXFP4:
+                    return self.scheme(MXFP4)
                 return stored if native and self.keep_blocks else None
             if stored.tiles is not None and stored.tiles.name == self.quantization:
                 return stored if native else stored.tiles
@@ -64,7 +69,7 @@ class Packing:
         if isinstance(stored, BlockScheme) and stored.tiles is not None and scheme in (stored, stored.tiles):
             rounded = f" as {stored.tiles.name} with scales rounded to bfloat16"
             return "kept" + rounded * (stored.tiles.scale_dtype == "bfloat16")
-        kept = scheme is stored or isinstance(stored, GroupableScheme)
+        kept = scheme is stored or isinstance(stored, GroupableScheme) or stored is GGML_MXFP4
         return "kept" if kept else f"quantised to {scheme.name}"
 
     def activations(self, stored: Scheme | None) -> str:
@@ -86,6 +91,8 @@ class Packing:
                 return replace(weight, scheme=scheme)
             if isinstance(stored, BlockScheme) and scheme is stored.tiles:
                 return to_tiles(weight)
+            if stored is GGML_MXFP4 and self.quantization is None:
+                weight, stored = MXFP4.of_ggml(weight), MXFP4
             if isinstance(stored, GroupableScheme):
                 grouped = stored.to_grouped(weight, self.backend.repack)
                 return self._ungrouped(weight) if grouped is None else replace(grouped, scheme=scheme)

@@ -49,6 +49,11 @@ class Source:
     """The weight is stored as ``[in, out]``; ``rows`` and ``columns`` refer to the transposed tensor."""
     product: bool = False
     """Whether the tensor is a weight matrix, to which quantisation applies."""
+    stacked: bool = False
+    """Whether the stored tensor holds this tensor for each of several experts; ``rows`` and ``columns`` refer to the
+    stored tensor with its first two dimensions merged."""
+    step: int = 1
+    """Take only every ``step``-th row of each span, from its first one on."""
 
     def take(self, tensor: HostWeight) -> HostWeight:
         """Return the model's tensor, taken from the stored one: a view if its elements are contiguous, else a copy."""
@@ -56,17 +61,22 @@ class Source:
             return tensor
         if isinstance(tensor, PackedWeight):
             return self._take_packed(tensor)
-        elements = tensor.data.view(f"u{ITEM_SIZE[tensor.dtype]}").reshape(self.stored)
+        elements = tensor.data.view(f"u{ITEM_SIZE[tensor.dtype]}").reshape(self._matrix)
         if self.transposed:
             elements = elements.T
         if self.rows is not None:
-            taken = [elements[first:last] for first, last in self.rows]
+            taken = [elements[first : last : self.step] for first, last in self.rows]
             elements = taken[0] if len(taken) == 1 else np.concatenate(taken)
         if self.columns is not None:
             elements = elements[:, slice(*self.columns)]
         return replace(
             tensor, shape=self.shape, data=np.ascontiguousarray(elements).reshape(-1).view(np.uint8)
         )
+
+    @property
+    def _matrix(self) -> tuple[int, ...]:
+        """The shape of the stored tensor to which ``rows`` and ``columns`` refer, before it is transposed."""
+        return (self.stored[0] * self.stored[1], *self.stored[2:]) if self.stacked else self.stored
 
     def _take_packed(self, weight: PackedWeight) -> PackedWeight:
         scheme = weight.scheme
@@ -75,8 +85,11 @@ class Source:
                 f"tensor {self.key!r}: is stored transposed, which {scheme.name} does not support"
             )
         if self.rows is not None:
-            self._check_slices(scheme, "rows", self.stored[0], scheme.row_unit, self.rows)
-            weight = scheme.take_rows(weight, self.rows)
+            spans = self.rows
+            if self.step > 1:
+                spans = tuple((row, row + 1) for span in spans for row in range(*span, self.step))
+            self._check_slices(scheme, "rows", self._matrix[0], scheme.row_unit, spans)
+            weight = scheme.take_rows(weight, spans)
         if self.columns is not None:
             self._check_slices(scheme, "columns", self.stored[-1], scheme.column_unit, [self.columns])
             weight = scheme.take_columns(weight, *self.columns)

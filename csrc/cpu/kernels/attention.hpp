@@ -334,6 +334,10 @@ void attention(const AttentionTile& tile) {
     for (int i = 0; i < padded; ++i) out[row * padded + i] = 0;
     for (int i = 0; i < kLanes; ++i) lane_sums[row * 16 + i] = 0;
     maxima[row] = -__builtin_inff();
+    if (tile.sinks != nullptr) {  // a key that has been seen already, of weight 1
+      maxima[row] = tile.sinks[row % tile.group] * kLog2E;
+      lane_sums[row * 16] = 1;
+    }
   }
 
   const Reader<C> reader{tile, padded, scratch};

@@ -165,17 +165,28 @@ VLLMLITE_INLINE F activated(F x) {
   return x / (1.0F + exp(-2.0F * u));
 }
 
+// The gated activation of gpt-oss: gate * sigmoid(1.702 * gate) * (up + 1), with gate at most 7 and up within 7 and -7.
+VLLMLITE_INLINE F clamped_swiglu(F gate, F up) {
+  gate = gate > 7.0F ? set(7.0F) : gate;
+  up = up > 7.0F ? set(7.0F) : up;
+  up = up < -7.0F ? set(-7.0F) : up;
+  return gate / (1.0F + exp(-1.702F * gate)) * (up + 1.0F);
+}
+
 template <Activation kKind, typename T>
 VLLMLITE_INLINE void activate_row(const float* x, const float* up, typename T::Item* out, int size) {
-  const auto times = [&](F v, F factor) { return up == nullptr ? v : v * factor; };
+  const auto gated = [&](F v, F factor) {
+    if constexpr (kKind == Activation::clamped_swiglu)
+      return clamped_swiglu(v, factor);
+    else
+      return up == nullptr ? activated<kKind>(v) : activated<kKind>(v) * factor;
+  };
   int i = 0;
   for (; i + kLanes <= size; i += kLanes)
-    T::store(out + i, times(activated<kKind>(load<F>(x + i)), up == nullptr ? F{} : load<F>(up + i)));
+    T::store(out + i, gated(load<F>(x + i), up == nullptr ? F{} : load<F>(up + i)));
   const int rest = size - i;
   if (rest > 0)
-    store_some<T>(out + i,
-                  times(activated<kKind>(load_some<F>(x + i, rest)), up == nullptr ? F{} : load_some<F>(up + i, rest)),
-                  rest);
+    store_some<T>(out + i, gated(load_some<F>(x + i, rest), up == nullptr ? F{} : load_some<F>(up + i, rest)), rest);
 }
 
 inline void activate(Activation kind, const float* x, const float* up, void* out, Float out_type, int size) {
@@ -191,6 +202,8 @@ inline void activate(Activation kind, const float* x, const float* up, void* out
         return activate_row<Activation::gelu_tanh, T>(x, up, to, size);
       case Activation::relu:
         return activate_row<Activation::relu, T>(x, up, to, size);
+      case Activation::clamped_swiglu:
+        return activate_row<Activation::clamped_swiglu, T>(x, up, to, size);
     }
   });
 }

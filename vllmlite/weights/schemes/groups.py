@@ -88,8 +88,13 @@ class SlicedScheme(Scheme):
         """Return the rows of the spans ``(first, last)``, ``last`` excluded, one span after another. Bounds are
         multiples of :attr:`row_unit`, or the number of rows."""
         axes, parts = self.axes(), {}
+        index = None if len(spans) == 1 else np.concatenate([np.arange(first, last) for first, last in spans])
         for suffix, part in weight.parts.items():
             axis, per = axes[suffix].rows, axes[suffix].per_row
+            if index is not None and per == 1 and axis is not None and len(part.shape) > axis:
+                taken = _elements(part).take(index, axis)
+                parts[suffix] = HostTensor(part.dtype, taken.shape[:-1], taken.reshape(-1))
+                continue
             cut = [_cut(part, axis, first, last, per) for first, last in spans]
             parts[suffix] = cut[0] if len(cut) == 1 or axis is None else _joined(cut, axis)
         return PackedWeight(self, (sum(last - first for first, last in spans), weight.shape[1]), parts)
