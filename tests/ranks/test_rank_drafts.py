@@ -16,10 +16,9 @@ from native import needs_native_cpu
 
 from vllmlite import LLM, SamplingParams
 
-pytestmark = needs_native_cpu
+pytestmark = [needs_native_cpu, pytest.mark.slow]
 PROMPTS = [[5, 6, 7, 8] * 5, list(range(20, 35)), [9, 10, 11] * 4]
 PARAMS = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
-SLOW = pytest.mark.slow
 
 
 def engine(path: Path, drafts: dict[str, Any], **ranks: int) -> LLM:
@@ -59,19 +58,20 @@ def results(path: Path, drafts: dict[str, Any], **ranks: int) -> tuple[list[list
 @pytest.mark.parametrize(
     ("method", "ranks"),
     [
+        ("eagle3", {"pipeline_parallel_size": 2}),
         ("eagle3", {"pipeline_parallel_size": 3}),
-        pytest.param("eagle3", {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, marks=SLOW),
-        pytest.param("eagle", {"pipeline_parallel_size": 2}, marks=SLOW),
-        pytest.param("medusa", {"pipeline_parallel_size": 2}, marks=SLOW),
-        pytest.param("mtp", {"pipeline_parallel_size": 2}, marks=SLOW),
-        pytest.param("draft_model", {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}, marks=SLOW),
+        ("eagle3", {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}),
+        ("eagle", {"pipeline_parallel_size": 2}),
+        ("medusa", {"pipeline_parallel_size": 2}),
+        ("mtp", {"pipeline_parallel_size": 2}),
+        ("draft_model", {"pipeline_parallel_size": 2, "tensor_parallel_size": 2}),
     ],
-    ids=["eagle3", "eagle3, both", "eagle", "medusa", "mtp", "draft model, both"],
+    ids=["eagle3", "eagle3, three stages", "eagle3, both", "eagle", "medusa", "mtp", "draft model, both"],
 )
 def test_the_last_stage_proposes_the_drafts_of_one_rank(
     method: str, ranks: dict[str, int], tmp_path: Path
 ) -> None:
-    """The EAGLE-3 head reads states of all three stages."""
+    """The EAGLE-3 head reads the inputs of three layers, which are on up to three stages."""
     path, head = tmp_path / "model", tmp_path / "head"
     drafts = {"method": method, "model": str(head)}
     if method == "mtp":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,9 +19,11 @@ from native import needs_native_cpu
 from rank_processes import has_ended, processes_of, ranks_of
 
 from vllmlite import LLM, SamplingParams
+from vllmlite.backends.native import load_extension
 from vllmlite.errors import BackendError, EngineDeadError
 from vllmlite.ranks import group
 from vllmlite.runner.build import WAITING
+from vllmlite.subprogram import start_python
 
 pytestmark = needs_native_cpu
 
@@ -80,6 +83,17 @@ def test_a_rank_that_does_not_start_is_named(
     with pytest.raises(BackendError, match=message):
         ranks.wait_until_ready()
     assert all(process.poll() is not None for process in ranks.processes)
+
+
+def test_a_rank_whose_driver_has_ended_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    memory = os.memfd_create("test")
+    os.ftruncate(memory, load_extension("_cpu").Ranks.memory_size(1))
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs:
+        assert start_python(group.PROGRAM, [theirs.fileno(), memory], 0, 1).wait(60) in (0, 1)
+    os.close(memory)
+    assert capfd.readouterr().err == ""
 
 
 STALLED = """

@@ -43,6 +43,11 @@ token of the step."""
 def main() -> None:
     """Run the process. Its arguments are the descriptors of the control socket, of the memory that all ranks share and,
     if the driver keeps blocks in files, of the memory of this rank's places; then the rank and the number of ranks."""
+    with suppress(BrokenPipeError, ConnectionResetError, EOFError):  # the driver has ended
+        _run()
+
+
+def _run() -> None:
     # The driver, which gets a terminal's and a service manager's signals, ends the ranks in order.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
