@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from vllmlite.config.engine_config import EngineConfig
@@ -41,9 +43,9 @@ class ModelRunnerMemory:
         else:
             self._runner, self._released = None, False
             self._drop()
-            _collect_garbage()
+        _free_garbage()
         freed = max(backend.memory().free - before, 0)
-        logger.info("asleep at level %d: %.2f GiB are free for other programs", level, freed / 2**30)
+        logger.info("asleep at level %d: %d MiB more are free", level, freed >> 20)
 
     def restore(self) -> ModelRunner:
         """Take the memory back, or build the runner anew. Raises VllmliteError if there is too little memory, or if the
@@ -80,10 +82,12 @@ def sleep_mode(
     return SleepMode(ModelRunnerMemory(runner, rebuild, drop))
 
 
-def _collect_garbage() -> None:
-    """Free a dropped runner: it is part of reference cycles, which an engine's process exempts from collection."""
+def _free_garbage() -> None:
+    """Free a dropped runner, which is part of reference cycles, and give free memory of the heap back to the system."""
     frozen = gc.get_freeze_count() > 0
-    gc.unfreeze()
+    gc.unfreeze()  # an engine's process exempts old objects from collection
     gc.collect()
     if frozen:
         gc.freeze()
+    with suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
