@@ -2,7 +2,7 @@
 """Measure the cache tiers: the time to the first token of a long prompt after a restart, from disk and computed anew.
 
     PYTHONPATH=. scripts/bench_cache_tiers.py DIR [--tokens 4096] [--disk TIERDIR] [--device cpu] [--rounds 3]
-        [--rows restart,evicted,unused] [-- OPTION VALUE...]
+        [--rows restart,evicted,unused,nano] [-- OPTION VALUE...]
 
 DIR has a config.json, for example of llama1b's shape; the weights are random. Rows:
 
@@ -10,6 +10,8 @@ restart  An engine computes the prompt and ends. Another process has the same en
          the page cache before it gets the prompt. Loading the model does not count.
 evicted  The prompt's blocks leave the pool and are copied back from host memory.
 unused   Prompts of which nothing recurs, with tiers and without, by turns: what saving costs.
+nano     Requests of 100 to 1,024 tokens in and out, in a pool of a quarter of the blocks that they need, with host
+         memory that saves blocks and is never read, and without it, by turns.
 Times are wall time and processor time. The last line is JSON.
 """
 
@@ -38,14 +40,13 @@ DISK_SIZE = 8 << 30
 
 def make(args: argparse.Namespace, **options: Any) -> LLM:
     """Load the model."""
+    sizes = {"max_model_len": args.tokens + 2 * BLOCK, "max_num_seqs": 8}
     return LLM(
         model=args.dir,
         load_format="dummy",
         skip_tokenizer_init=True,
         device=args.device,
-        max_model_len=args.tokens + 2 * BLOCK,
-        max_num_seqs=8,
-        **options,
+        **{**sizes, **options},
     )
 
 
@@ -144,6 +145,39 @@ def unused(args: argparse.Namespace) -> dict[str, Any]:
     return {name: statistics.median(row) for name, row in times.items()}
 
 
+def nano(args: argparse.Namespace) -> dict[str, Any]:
+    """Time requests of random lengths in a quarter of the pool that they need, with host memory and without."""
+    draw = random.Random(2)
+    lengths = [(draw.randint(100, 1024), draw.randint(100, 1024)) for _ in range(args.sequences)]
+    needed = sum(-(-sum(each) // BLOCK) for each in lengths)
+    options = {"num_gpu_blocks_override": needed // 4, "max_model_len": 2048, "max_num_seqs": args.sequences}
+    engines = {
+        "without": make(args, **options),
+        "host": make(args, swap_space=args.swap, preemption_mode="recompute", **options),
+    }
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(args.rounds + 1):
+        prompts = [
+            {"prompt_token_ids": [draw.randrange(1, args.vocab) for _ in range(length)]}
+            for length, _ in lengths
+        ]
+        params = [SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True) for _, count in lengths]
+        for name in sorted(engines, key=lambda name: (turn, draw.random())):
+            cpu, wall = time.process_time(), time.perf_counter()
+            engines[name].generate(prompts, params)
+            if turn:
+                taken = time.process_time() - cpu if args.device == "cpu" else time.perf_counter() - wall
+                times[name].append(taken)
+                print(name, taken, flush=True)
+    stats = engines["host"].llm_engine.stats()
+    assert stats.tier_blocks_saved > 0 and not stats.tier_blocks_loaded
+    return {
+        "saved": stats.tier_blocks_saved,
+        "preemptions": {name: llm.llm_engine.stats().num_preemptions for name, llm in engines.items()},
+        **{name: statistics.median(row) for name, row in times.items()},
+    }
+
+
 def main() -> None:
     """Run the rows and print what was found."""
     parser = argparse.ArgumentParser(
@@ -153,6 +187,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocab", type=int, default=30000, help="ids of prompts are below this")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--sequences", type=int, default=256, help="requests of the row nano")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--swap", type=float, default=1.0, help="GiB of host memory")
     parser.add_argument("--disk", help="directory of the disk tier; it is removed first")
@@ -167,7 +202,8 @@ def main() -> None:
         args.disk = args.disk or f"{scratch}/kv"
         found: dict[str, Any] = {}
         for name in args.rows.split(","):
-            found[name] = {"restart": restart, "evicted": evicted, "unused": unused}[name](args)
+            rows = {"restart": restart, "evicted": evicted, "unused": unused, "nano": nano}
+            found[name] = rows[name](args)
             print(name, json.dumps(found[name]), flush=True)
             gc.collect()
     for name, cached in (("restart", "read"), ("evicted", "copied")):
@@ -179,6 +215,8 @@ def main() -> None:
     if "unused" in found:
         row = found["unused"]
         found["unused"]["speed"] = {name: round(row["without"] / row[name], 3) for name in ("host", "disk")}
+    if "nano" in found:
+        found["nano"]["speed"] = round(found["nano"]["without"] / found["nano"]["host"], 3)
     print(json.dumps(found))
 
 
