@@ -45,7 +45,8 @@ struct SlotSpec {
 void check_copies(std::span<const std::int32_t> sources, std::int64_t source_blocks,
                   std::span<const std::int32_t> targets, std::int64_t target_blocks, bool same_pool);
 
-// What a key/value cache stores of a number: a float, or a byte that is multiplied by a scale when it is read.
+// The form in which a key/value cache stores a number: a float, or a byte that is multiplied by a scale when it is
+// read.
 enum class CacheElement : std::uint8_t { float32, float16, bfloat16, int8, fp8_e4m3, fp8_e5m2 };
 
 // The KVSpec of vllmlite/backends/base.py.

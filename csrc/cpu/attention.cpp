@@ -110,7 +110,7 @@ void KVCache::copy(std::span<const std::int32_t> blocks, std::span<const std::in
 
 namespace {
 
-// What is done to the heads of q, or of k, before they are rotated.
+// The norm of the heads of q, or of k, before they are rotated.
 struct HeadNorm {
   HeadRow row;
   LayerNormRow layer;  // of the first head; without a weight: none
@@ -177,7 +177,7 @@ Tensor attn_prep(Runtime& runtime, const Tensor& given, int num_heads, const std
     for (std::int64_t token; (token = worker.take()) < batch->num_tokens;) {
       const auto index = static_cast<std::size_t>(token);
       const int position = batch->positions[index];
-      // Norms of all heads as one row and layer norms come first; what is left is a matter of each head.
+      // Norms over all heads together and layer norms are applied first; the rest is done for each head separately.
       const auto prepare = [&](const HeadNorm& norm, float* x, int heads) {
         HeadRow row = norm.row;
         for (int h = 0; norm.layer.weight != nullptr && h < heads; ++h) {

@@ -151,8 +151,8 @@ Tensor grouped_linear(Runtime& runtime, const Tensor& x, const std::vector<Linea
 Tensor grouped_linear(Runtime& runtime, const Tensor& x, const std::vector<QuantizedWeight>& weights,
                       const std::shared_ptr<Groups>& groups);
 
-// What an adapter changes of a weight: to some of its parts, the rows of W, it adds scale * b * (its rows of a). Where
-// there is a gain, the results of W are multiplied by it before, and the shift is added.
+// The change that an adapter makes to a weight: it adds scale * b * (its rows of a) to some of its parts, the rows of
+// W. Where there is a gain, the results of W are multiplied by it before, and the shift is added.
 struct LowRankChange {
   struct Part {
     std::int64_t first_column, columns;  // of the results
@@ -181,7 +181,7 @@ struct LowRankTable {
   LowRankTable(std::vector<std::int64_t> rows_of_parts, std::int64_t the_columns, int adapters, int rank);
 
   std::int64_t out() const;
-  // Replaces the change by adapter `index`; without outputs, there is none any more.
+  // Replaces the change by adapter `index`; without outputs, it is removed.
   void set(int index, const std::vector<Tensor>& inputs, const std::vector<LowRankOutput>& outputs);
 
   std::vector<std::int64_t> rows;  // of each part of the weight

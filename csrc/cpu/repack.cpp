@@ -15,8 +15,8 @@ namespace {
 constexpr int kRows = 16;
 typedef std::uint8_t V __attribute__((vector_size(kRows)));
 
-// Columns that are taken apart at a time where their order stays: a multiple of what fills words for every size of
-// codes.
+// Number of columns that are unpacked at a time if their order does not change. For every size of codes, they fill
+// whole words.
 constexpr std::int64_t kChunk = 512;
 // Rows of a line of AWQ's words, in vectors: each holds the even or the odd nibbles of four words.
 constexpr int kAwqVectors = 8;
@@ -51,7 +51,7 @@ void transpose(V* x) {
   for (int step = 0; step < 4; ++step) interleave<kCount>(x);
 }
 
-// Rows that are taken apart together, and what they are taken from.
+// Rows that are unpacked together, and their packed codes.
 struct Block {
   const StoredCodes& codes;
   std::int64_t row;
@@ -81,8 +81,8 @@ void read_words(const Block& block, std::int64_t first, std::int64_t count, V* t
   }
 }
 
-// Takes codes apart from a stream of bytes: eight codes are as many bytes as a code has bits. Up to seven codes more
-// than `count` are written.
+// Unpacks codes from a stream of bytes: eight codes take as many bytes as a code has bits. Up to seven codes more than
+// `count` are written.
 template <int kBits>
 void unpack(const V* bytes, std::int64_t count, V* to) {
   constexpr auto kMask = static_cast<std::uint8_t>((1 << kBits) - 1);

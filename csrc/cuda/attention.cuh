@@ -1,4 +1,4 @@
-// What kernels of attention do to scores besides scaling them: a soft cap, then linear biases (Press et al. 2021).
+// Changes of attention scores after scaling: a soft cap, then linear biases (Press et al. 2021).
 #pragma once
 
 #include "cuda/attention.hpp"

@@ -1,4 +1,4 @@
-// What the kernels of paged attention are given. Query head h shares key/value head h * kv_heads / heads.
+// Arguments of the kernels of paged attention. Query head h uses key/value head h * kv_heads / heads.
 #pragma once
 
 #include "cuda/batch.hpp"

@@ -1,6 +1,6 @@
-// What the decoding kernel multiplies: fragments of keys and values out of shared memory, queries and results. Floats
-// are multiplied in their own dtype, which is that of q and the result. Bytes become f16 in registers, exactly; then q
-// is rounded to f16, with magnitudes of at most 65504.
+// Operands of the decoding kernel's matrix products: fragments of keys and values from shared memory, queries and
+// results. Floats are multiplied in their own dtype, which is that of q and the result. Bytes become f16 in registers,
+// exactly; then q is rounded to f16, with magnitudes of at most 65504.
 #pragma once
 
 #include "cuda/attention.cuh"

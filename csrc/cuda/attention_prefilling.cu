@@ -241,7 +241,7 @@ static __global__ __launch_bounds__(kWarps * 32, 2) void prefilling_kernel(const
             sum += score;
           }
         total[i][half] = total[i][half] * kept + sum;
-        // The largest soon stays what it is.
+        // Rescale only if the largest score of a row has changed, which soon becomes rare.
         if (__any_sync(kAll, kept != 1))
 #pragma unroll
           for (int n = 0; n < kSize / 8; ++n) {

@@ -28,7 +28,7 @@ struct HopperShared {
   std::uint64_t q_full, q_empty, keys_full[kStages], keys_empty[kStages], values_full[kStages], values_empty[kStages];
 };
 
-// Where in a ring a thread is, and the parity of the round.
+// A thread's position in a ring of stages, and the parity of the round.
 template <int kStages>
 struct Place {
   int stage = 0, parity = 0;
@@ -249,7 +249,7 @@ __device__ __forceinline__ void attend_all(Shared& shared, const Attention& give
       hold(sums);
       release(shared.values_empty[values_at.stage]);
       values_at.advance();
-      // The largest soon stays what it is.
+      // Rescale only if the largest score of a row has changed, which soon becomes rare.
       if (__any_sync(kAll, kept[0] != 1 || kept[1] != 1))
 #pragma unroll
         for (int i = 0; i < kSize / 2; ++i) sums[i] *= kept[i / 2 % 2];

@@ -6,7 +6,7 @@
 
 namespace vllmlite::cuda {
 
-// What both kernels are given. The cache is that of one layer.
+// Arguments of both kernels. The cache is that of one layer.
 template <typename T, typename Cached>
 struct Preparation {
   const T* qkv;  // [tokens, heads + 2 kv_heads, size]
@@ -22,19 +22,19 @@ struct Preparation {
   bool interleaved, wide_norms;  // whether norms are float32, not T
   unsigned work;                 // heads of all tokens
 
-  // Where a head's weights begin in its norm's.
+  // Index of a head's first weight in the weights of its norm.
   __device__ __forceinline__ int norm_place(int head) const {
     return factors == nullptr ? 0 : (head < heads ? head : head - heads) * size;
   }
 
-  // Which of the cache's heads of tokens a key or value is: a token's head after those of q.
+  // Index in the cache, counted in heads of tokens, of a key or value head; `head` counts those of q first.
   __device__ __forceinline__ std::int64_t place(int slot, int head) const {
     const std::int64_t plane = (head >= heads + kv_heads ? kv_heads : 0) + (head - heads) % kv_heads;
     return (static_cast<std::int64_t>(slot / block_size) * 2 * kv_heads + plane) * block_size + slot % block_size;
   }
 
-  // What a head is divided by to be stored. `largest` are the bits of its largest magnitude: these are ordered as the
-  // numbers are, NaN last.
+  // The scale by which a head is divided before it is stored. `largest` is the bit pattern of its largest magnitude;
+  // such patterns have the order of the numbers, with NaN last.
   __device__ __forceinline__ float scale_of(unsigned largest, bool is_v) const {
     if (head_scales == nullptr) return is_v ? value_scale : key_scale;
     const float scale = __uint_as_float(largest) / kLargest<Cached>;

@@ -43,7 +43,7 @@ struct Slots : SlotSpec {
   std::vector<std::int32_t> appended;  // place in block_table, block, place, block, ...
 
  private:
-  std::vector<std::vector<Tensor>> owned_;  // by slot, what its state points to
+  std::vector<std::vector<Tensor>> owned_;  // by slot, the tensors that its state points to
 };
 
 // Split-KV work item: the `queries` last positions of a row of `context` tokens attend to keys `begin` up to `end`. The

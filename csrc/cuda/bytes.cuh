@@ -1,5 +1,5 @@
-// How kernels quantise rows of activations to 8-bit elements, and scale sums of products; bytes.hpp says what they
-// compute.
+// Device code that quantises rows of activations to 8-bit elements, and scales sums of products; bytes.hpp defines the
+// results.
 #pragma once
 
 #include "cuda/bytes.hpp"
@@ -10,7 +10,7 @@ namespace vllmlite::cuda {
 constexpr float kLargestFp8 = 448;           // of e4m3
 constexpr float kLeastFp8Scale = 0x1p-100F;  // whose reciprocal is a normal number
 
-// Where the codes of quantised rows go, and how the rows are quantised.
+// Where the codes of quantised rows are written, and how the rows are quantised.
 struct QuantisedRows {
   uint2* values;  // eight a pack
   float* scales;

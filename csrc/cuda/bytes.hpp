@@ -93,7 +93,7 @@ struct ByteProduct : Product {
   bool blocks, integers;
 };
 
-// Whether weights of so many columns of 8-bit floats are multiplied on this device in the runtime's dtype.
+// Returns whether this device multiplies 8-bit float weights with this number of columns in the runtime's dtype.
 bool takes_fp8(const Runtime& runtime, int columns);
 
 // The weight as a matrix of the runtime's dtype.

@@ -182,7 +182,7 @@ struct Fp8Block {
 
   // ---- Results
 
-  // The factors of a result, and what is added to it.
+  // The factors of a result, and its bias.
   struct Scaling {
     float of_a[2], added[2];  // by row of a, where that is of w
   };
@@ -356,8 +356,8 @@ bool takes_fp8_on_hopper(const Runtime& runtime, const ByteProduct& product) {
 #endif
 }
 
-// How many blocks divide the columns of a tile: as many as there is room for at a time, but at most so many that adding
-// up does not take longer than they save (measured on an H200).
+// Returns the number of blocks that share the columns of a tile: as many as can run at a time, but no more than save
+// more time than adding up their sums takes (measured on an H200).
 static int splits_of(int tiles, int stages, int room, int most) {
   int splits = 1;
   while (splits < most && tiles * splits * 2 <= room && stages >= splits * 4) splits *= 2;

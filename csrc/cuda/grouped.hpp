@@ -52,7 +52,8 @@ struct StoredGroups {
   int bits, columns, group;     // columns of a group
 };
 
-// Whether rows in groups of so many columns can be laid out, and multiplied by a runtime's device in its dtype.
+// Returns whether rows with groups of `group` columns can be stored in this layout and multiplied on the runtime's
+// device in its dtype.
 bool takes_groups(const Runtime& runtime, int bits, int columns, int group);
 GroupedRows lay_out(Runtime& runtime, const StoredGroups& stored, std::optional<Tensor> order);
 

@@ -162,13 +162,13 @@ struct GroupedBlock {
         });
   }
 
-  // Those of the columns of a group, as integers.
+  // Adds the products of the columns of a group, with the weights as integers.
   __device__ __forceinline__ void multiply_on_hopper(int slot, int first_step,
                                                      const std::uint32_t (&words)[S::kWords * 4],
                                                      const Integers<T, kBits>& integers,
                                                      float (&products)[kSums]) const {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    constexpr int kInFlight = 3;  // as many fragments have registers at a time
+    constexpr int kInFlight = 3;  // number of fragments that are in registers at a time
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int step = first_step + i;
@@ -222,8 +222,8 @@ struct GroupedBlock {
     }
   }
 
-  // Where a block's partial sums of a tile are. It has those of at most two: the tile that it begins with, and the one
-  // that it ends in.
+  // Address of a block's partial sums of a tile. A block has partial sums of at most two tiles: the one that it begins
+  // with, and the one that it ends in.
   __device__ __forceinline__ float4* partials(int block, int tile) const {
     const int place = runs.first_stage(block) >= tile * given.stages ? 0 : 1;
     const std::int64_t slot = (static_cast<std::int64_t>(blockIdx.y) * blocks + block) * 2 + place;

@@ -108,7 +108,7 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes
 
 // ---- Clusters
 
-// What the block's threads stored before is there, after this, for all blocks of the cluster.
+// Waits for all blocks of the cluster. What their threads stored before is visible to all of them afterwards.
 __device__ __forceinline__ void meet_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }

@@ -142,7 +142,7 @@ class Products {
   void choose(Runtime& runtime, Plan& plan, const Product& product, int rows);
   cublasStatus_t run(const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
                      cudaStream_t stream);
-  // How long an algorithm takes, in milliseconds, where w is in no cache; infinite if it fails.
+  // Returns the milliseconds that an algorithm takes if w is not in a cache; infinite if it fails.
   float time(Runtime& runtime, const Plan& plan, const cublasLtMatmulAlgo_t& algorithm, const Product& product,
              float enough);
 
@@ -152,7 +152,7 @@ class Products {
 
   cublasLtHandle_t handle_ = nullptr;
   Tensor workspace_;
-  cudaStream_t aside_ = nullptr;  // for what is timed while steps are recorded
+  cudaStream_t aside_ = nullptr;  // runs the timed products while steps are recorded
   cudaEvent_t begin_ = nullptr, end_ = nullptr;
   std::map<Key, Plan> plans_;
 };
@@ -286,7 +286,7 @@ bool Products::multiply(Runtime& runtime, const Product& product) {
                                                  sizeof product.bias),
                   "cublasLtMatmulDescSetAttribute");
   const cublasStatus_t status = run(plan, plan.algorithm, product, runtime.stream());
-  // What the library found for nearly as many rows need not take these.
+  // The algorithm was found for a similar number of rows, and may not support this one.
   if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) return false;
   check_library(status, "cublasLtMatmul");
   return true;

@@ -14,7 +14,7 @@ namespace vllmlite::cuda {
 
 constexpr int kRanks = 4;  // ranks that a thread block or a thread computes at once; ranks are padded to a multiple
 
-// What an adapter changes of a weight, as kernels read it.
+// The change that an adapter makes to a weight, as kernels read it.
 struct LowRankView {
   struct Part {
     std::int32_t first_column, columns;  // of the results
@@ -328,7 +328,8 @@ Tensor lora_linear(Runtime& runtime, const Tensor& x, const LinearWeight& weight
              static_cast<int>(width), x_is_there);
     });
   };
-  // Beside a skinny product, which leaves room; else before the product, some of which fetch their weights meanwhile.
+  // The first half runs beside a skinny product, which leaves multiprocessors free; otherwise before the product, which
+  // may fetch its weights meanwhile.
   const bool beside = multiplies_skinny(runtime, x, weight);
   if (!beside) shrink(false);
   Tensor y = linear(runtime, x, weight, runtime.dtype());

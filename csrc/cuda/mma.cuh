@@ -38,7 +38,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const std::uint32_t (&a)
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #elif __CUDA_ARCH__ >= 750
-  // Half as many columns at a time, and no bfloat16.
+  // This architecture multiplies half as many columns at a time, and not in bfloat16.
   if constexpr (std::is_same_v<T, f16>) {
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

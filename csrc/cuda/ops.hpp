@@ -75,7 +75,7 @@ struct LowRankTable {
   LowRankTable(Runtime& the_runtime, std::vector<std::int64_t> rows_of_parts, std::int64_t the_columns, int adapters,
                int rank);
 
-  // Replaces the change by adapter `index`; without outputs, there is none any more.
+  // Replaces the change by adapter `index`; without outputs, it is removed.
   void set(int index, const std::vector<Tensor>& inputs, const std::vector<LowRankOutput>& outputs);
 
   Runtime& runtime;
@@ -139,7 +139,7 @@ void copy_blocks(Runtime& runtime, const KVCache& source, std::span<const std::i
 Tensor attn_prep(Runtime& runtime, const Tensor& qkv, int num_heads, const std::optional<Rotation>& rope,
                  const KVCache& kv, int layer, const Batch& batch, const AttentionNorms& norms);
 
-// What becomes of scaled scores before softmax: a cap, 0 for none, and slopes of linear biases, float32 [heads].
+// Changes of scaled scores before the softmax: a cap (0: none) and the slopes of linear biases, float32 [heads].
 struct ScoreEdits {
   float soft_cap = 0;
   std::optional<Tensor> alibi;

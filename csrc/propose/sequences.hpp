@@ -25,7 +25,7 @@ class IndexedText {
   SuffixAutomaton automaton_;
 };
 
-// What a kind of drafts has in common for all slots. Drafts are appended to `drafts`.
+// Base of the kinds of drafts: the sequences of all slots. Drafts are appended to `drafts`.
 class Sequences {
  public:
   explicit Sequences(int max_slots) : slots_(static_cast<std::size_t>(max_slots)) {}
@@ -33,7 +33,7 @@ class Sequences {
   Sequences(const Sequences&) = delete;
   Sequences& operator=(const Sequences&) = delete;
 
-  // How many sequences have been admitted to slots.
+  // The number of sequences that have been admitted to slots.
   std::int64_t num_admissions() const { return num_admissions_; }
   // Begins a sequence; `num_prompt` of the ids are its prompt.
   void admit(int slot, std::vector<std::int32_t> ids, std::size_t num_prompt);

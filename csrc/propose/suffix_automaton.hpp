@@ -35,10 +35,10 @@ class SuffixAutomaton {
   // occurred before; the length of the sequence if there is none.
   std::int32_t after_first_match(int shortest) const;
 
-  // What mostly followed the end of `context`: its suffixes of each length m up to `longest` are matched, and after
-  // each at most min(count, factor * m, longest + 1 - m) ids are followed, always the most frequent one (of equally
-  // frequent ones that which had so many first), while their joint probability is high enough. The result is the draft
-  // with the highest score, of equals that after the longest match. Negative ids are never drafted.
+  // Predicts the ids after `context`. For each m up to `longest`, its last m ids are looked up; from there, the most
+  // frequent next id is appended repeatedly, at most min(count, factor * m, longest + 1 - m) times (among equally
+  // frequent ids, the one that had this frequency first), while the joint probability is high enough. Returns the draft
+  // with the highest score; among equal scores, that of the longest match. Negative ids are never drafted.
   Draft draft(std::span<const std::int32_t> context, const DraftLimits& limits) const;
   // The same for the sequence itself.
   Draft draft(const DraftLimits& limits) const;

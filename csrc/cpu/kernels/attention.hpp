@@ -26,7 +26,7 @@ inline constexpr bool kBigEndian = false;
 struct AnyKeys {
   using Query = float;
   static constexpr bool kScaled = false;
-  static constexpr float kUnit = 1;  // what part() is to be multiplied by
+  static constexpr float kUnit = 1;  // factor by which part() has to be multiplied
   static VLLMLITE_INLINE F add(F acc, const Query* q, F k) { return fma(set(*q), k, acc); }
 };
 
