@@ -49,7 +49,7 @@ void check_copies(std::span<const std::int32_t> sources, std::int64_t source_blo
 // read.
 enum class CacheElement : std::uint8_t { float32, float16, bfloat16, int8, fp8_e4m3, fp8_e5m2 };
 
-// The KVSpec of vllmlite/backends/base.py.
+// The KVSpec of vllmlite/backends/kv_cache.py.
 struct CacheSpec {
   int layers, kv_heads, head_dim, block_size;
   CacheElement element;
@@ -100,7 +100,7 @@ struct AttentionNorms {
   float eps = 0;
 };
 
-// Groups of sampled positions among which beam search chooses; see choose_beams in vllmlite/backends/base.py.
+// Groups of sampled positions among which beam search chooses: the BeamRows of vllmlite/backends/sampling.py.
 struct BeamRows {
   std::vector<std::int32_t> rows;           // indices of sampled positions
   std::vector<std::int32_t> groups;         // where each group begins in `rows`; after them, the number of rows

@@ -58,7 +58,7 @@ class Sequences {
   std::int64_t num_admissions_ = 0;
 };
 
-// Drafts what followed the first occurrence of the longest n-gram at the end.
+// Drafts the ids after the first occurrence of the longest n-gram that ends the text.
 class NgramSequences final : public Sequences {
  public:
   NgramSequences(int max_slots, int shortest, int longest)
@@ -70,7 +70,7 @@ class NgramSequences final : public Sequences {
   int shortest_, longest_;
 };
 
-// Drafts what mostly followed the end of the sequence in itself, or in the outputs of earlier ones.
+// Drafts the most frequent continuation of the end of the text, in the text itself or in outputs of earlier sequences.
 class SuffixSequences final : public Sequences {
  public:
   // Contexts and drafts together have at most `depth` ids. The last `earlier` outputs are kept, or fewer: outputs are

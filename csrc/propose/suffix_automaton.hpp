@@ -1,5 +1,5 @@
-// A suffix automaton of a growing sequence of ids: finds the earlier occurrences of the sequence's end, and what mostly
-// followed them.
+// A suffix automaton of a growing sequence of ids: finds the earlier occurrences of the sequence's end, and their most
+// frequent continuation.
 #pragma once
 
 #include <cstdint>
@@ -8,13 +8,13 @@
 
 namespace vllmlite {
 
-// Drafts, and the expected number of them that are right if the text goes on as it did before.
+// Drafts, and the expected number of right ones, if the text continues with the same frequencies as before.
 struct Draft {
   std::vector<std::int32_t> ids;
   double score = 0.0;
 };
 
-// Limits of drafts that are made from counts of what followed.
+// Limits of drafts that are predicted from counts of earlier continuations.
 struct DraftLimits {
   int count;                 // most drafts
   double factor;             // drafts per id of the matched context
