@@ -27,7 +27,7 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 DRAIN_POLL_SECONDS = 0.05
-"""Interval at which an engine that is to sleep looks whether its requests have finished."""
+"""Interval in seconds at which an engine that is to sleep checks whether its requests have finished."""
 MAX_FAILED_STEPS = 3
 """Number of consecutive failed steps after which the engine is shut down, since a device rarely recovers from an
 error."""
@@ -125,7 +125,7 @@ class AsyncLLM:
         self._streams: dict[str, OutputStream] = {}
         self._on_death: Callable[[], object] | None = None
         self._refuses = False
-        """Whether new requests are refused, because the engine sleeps or is about to."""
+        """Whether new requests are refused because the engine sleeps or is about to sleep."""
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineConfig, **_absent: object) -> AsyncLLM:
@@ -252,11 +252,10 @@ class AsyncLLM:
         return True
 
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Free the engine's memory until :meth:`wake_up`; new requests are refused meanwhile. See :meth:`Engine.sleep`
-        about ``level``.
-
-        ``mode`` says what happens to unfinished requests: ``abort`` ends them, ``wait`` lets them finish first, and
-        ``keep`` computes them again after waking up. Raises ParameterError if ``enable_sleep_mode`` is not set."""
+        """Free the engine's memory until :meth:`wake_up`; new requests are refused meanwhile. At ``level`` 1 the
+        weights are kept in main memory, at 2 they are read again from the checkpoint. ``mode`` says what happens to
+        unfinished requests: ``abort`` ends them, ``wait`` lets them finish first, and ``keep`` computes them again
+        after waking up. Raises ParameterError if ``enable_sleep_mode`` is not set."""
         check_sleep(level, mode)
         if not self._engine.config.enable_sleep_mode:
             raise ParameterError("enable_sleep_mode", False, "must be True for an engine that is to sleep")
@@ -279,7 +278,8 @@ class AsyncLLM:
         self._refuses = await self.ask("is_sleeping")
 
     async def wake_up(self, tags: list[str] | None = None) -> None:
-        """Take the memory back. With ``tags``, ``weights`` or ``kv_cache``, this happens once both have been given."""
+        """Allocate the freed memory again. With ``tags``, which are ``weights`` and ``kv_cache``, this happens once
+        both have been given, in one call or in several."""
         await self.ask("wake_up", check_tags(tags))
         self._refuses = await self.ask("is_sleeping")
 

@@ -80,7 +80,7 @@ class EngineDeadError(VllmliteError):
 
 
 class EngineSleepingError(VllmliteError):
-    """The engine sleeps: it serves no request before it is woken up."""
+    """The engine sleeps, and serves no request until it is woken up."""
 
     def __init__(
         self, message: str = "the engine sleeps: call wake_up first (a server: POST /wake_up)"

@@ -143,12 +143,13 @@ class LLM:
 
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Free the engine's memory until :meth:`wake_up`, which needs ``enable_sleep_mode``. At ``level`` 1 the weights
-        are kept in main memory; at 2 they are read again from the checkpoint. See :meth:`LLMEngine.sleep` about
-        ``mode``."""
+        are kept in main memory, at 2 they are read again from the checkpoint. ``mode`` is that of
+        :meth:`LLMEngine.sleep`."""
         self.llm_engine.sleep(level, mode)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Take the memory back. With ``tags``, ``weights`` or ``kv_cache``, this happens once both have been given."""
+        """Allocate the freed memory again. With ``tags``, which are ``weights`` and ``kv_cache``, this happens once
+        both have been given, in one call or in several."""
         self.llm_engine.wake_up(tags)
 
     def is_sleeping(self) -> bool:

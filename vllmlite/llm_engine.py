@@ -370,8 +370,9 @@ class LLMEngine:
 
     @takes_turn
     def sleep(self, level: int = 1, mode: str = "abort") -> None:
-        """Free the engine's memory until :meth:`wake_up`; see :meth:`Engine.sleep` about ``level``. Unfinished requests
-        are aborted or, if ``mode`` is ``keep``, computed again after waking up; ``wait`` refuses to sleep then."""
+        """Free the engine's memory until :meth:`wake_up`. At ``level`` 1 the weights are kept in main memory, at 2 they
+        are read again from the checkpoint. Unfinished requests are aborted or, if ``mode`` is ``keep``, computed again
+        after waking up; if ``mode`` is ``wait`` and there are any, an error is raised."""
         check_sleep(level, mode)
         if mode == "wait" and self._processor.num_requests:
             raise ParameterError("mode", mode, "step the engine until no requests are unfinished")
@@ -381,7 +382,8 @@ class LLMEngine:
 
     @takes_turn
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Take the memory back; see :meth:`Engine.wake_up`."""
+        """Allocate the freed memory again. With ``tags``, which are ``weights`` and ``kv_cache``, this happens once
+        both have been given, in one call or in several."""
         self.engine.wake_up(tags)
 
     def is_sleeping(self) -> bool:

@@ -118,7 +118,7 @@ class Backend(ABC):
     asynchronous: bool = False
     """Whether ops return before they have run, so that two steps in flight are faster than one."""
     gives_probabilities: ClassVar[bool] = True
-    """Whether it has :meth:`probabilities`."""
+    """Whether the backend implements :meth:`probabilities`."""
     pads_rows: ClassVar[bool] = False
     """Whether a captured step runs batches whose rows are shorter than its own."""
 
@@ -189,7 +189,8 @@ class Backend(ABC):
     # Adapters
 
     adapter_abilities: ClassVar[frozenset[str]] = frozenset()
-    """The subset of :data:`~vllmlite.weights.adapter.ABILITIES` that adapters may make use of."""
+    """Kinds of layers besides linear ones that adapters may change: a subset of
+    :data:`~vllmlite.weights.adapter.ABILITIES`."""
 
     def alloc_low_rank(self, rows: Sequence[int], columns: int, limits: AdapterLimits) -> LowRankTable:
         """Allocate a table for the changes that adapters make to a weight ``[sum of rows, columns]``, without any at
@@ -202,11 +203,12 @@ class Backend(ABC):
         raise BackendError(f"the {self.name} backend does not support adapters")
 
     def expert_tables(self, gate_up: Sequence[LowRankTable], down: Sequence[LowRankTable]) -> ExpertTables:
-        """The tables of the experts of a mixture as :meth:`moe` takes them."""
+        """Return the tables of the experts of a mixture in the form that :meth:`moe` takes."""
         raise BackendError(f"the {self.name} backend does not support adapters that change experts")
 
     def adapter_rows(self, adapters: NDArray[np.int32]) -> AdapterRows:
-        """The adapters ``[N]`` of the rows of a tensor, 0 for none, as :meth:`add_lora` takes them."""
+        """Return the adapter indices ``[N]`` of the rows of a tensor, 0 for none, in the form that :meth:`add_lora`
+        takes."""
         raise BackendError(f"the {self.name} backend does not support adapters that change the output layer")
 
     # Key/value cache
@@ -235,16 +237,16 @@ class Backend(ABC):
             raise BackendError(f"{num_blocks} blocks of key/value cache take {needed} bytes; {free} are free")
 
     def release(self, caches: Sequence[KVCache]) -> None:
-        """Free device memory until :meth:`restore`; no op may be issued in between. The contents of ``caches`` are
-        lost; everything else is kept in host memory. The results of earlier ops have been read.
-
-        Raises BackendError, and frees nothing, if that is impossible."""
+        """Free device memory until :meth:`restore`; no op may be issued in between, and the results of earlier ops must
+        have been read. The contents of ``caches`` are lost; everything else is kept in host memory. Raises
+        BackendError, and frees nothing, if that is impossible."""
         raise BackendError(
             f"the {self.name} backend cannot move weights from {self.device} to host memory: sleep at level 2"
         )
 
     def restore(self, caches: Sequence[KVCache]) -> None:
-        """Take the memory back. Raises BackendError if there is too little, and can be called again then."""
+        """Allocate the memory again that :meth:`release` has freed. Raises BackendError if there is too little; it may
+        then be called again."""
         return None
 
     @abstractmethod
@@ -350,15 +352,15 @@ class Backend(ABC):
         """Return :meth:`linear` of ``x [T, in]``, the tokens of ``batch``, plus ``scale * (x @ a.T) @ b.T`` with the
         adapter of each token's row.
 
-        Sums are in float32; the result of :meth:`linear` is rounded to its dtype before. Tokens without an adapter, or
-        whose adapter leaves the weight as it is, have the result of :meth:`linear`. With a ``gain``, that result is
-        multiplied by its first row, and its second is added, before."""
+        Sums are in float32; the result of :meth:`linear` is rounded to its dtype before the addition. If the adapter
+        has a ``gain``, that result is first multiplied by the gain's first row, and its second row is added. Tokens
+        without an adapter, or whose adapter does not change the weight, get the result of :meth:`linear`."""
         raise BackendError(f"the {self.name} backend does not support adapters")
 
     def add_lora(self, y: Tensor, x: Tensor, table: LowRankTable, rows: AdapterRows) -> Tensor:
-        """Change ``y [N, out]``, the result of a layer for ``x``, as :meth:`lora_linear` does, by the adapters of
-        ``rows``. ``x`` is ``[N, in]``, or int32 ids ``[N]``, which stand for rows of zeros with a one at the id. ``y``
-        may be overwritten."""
+        """Apply the adapters of ``rows`` to ``y [N, out]``, the result of a layer for ``x``, as :meth:`lora_linear`
+        does. ``x`` is ``[N, in]``; for embeddings it is int32 ids ``[N]``, each of which stands for a row of zeros with
+        a one at the id. ``y`` may be overwritten."""
         raise BackendError(
             f"the {self.name} backend does not support adapters of embeddings and the output layer"
         )
@@ -437,11 +439,10 @@ class Backend(ABC):
         """Return the result of a mixture of experts (Shazeer et al. 2017) for ``x [T, hidden]``: for each token the sum
         of its ``top_k`` experts' gated MLPs, each times its weight, added in the order of the experts.
 
-        The experts of the largest of ``router_logits [T, E]`` are chosen, the first among equals. A weight is the
-        softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` as in
-        :meth:`gated_activation`. The cuda backend supports up to 4096 experts.
-
-        ``tables``: the changes of the experts' weights by the ``adapters`` of the tokens."""
+        The experts with the largest of ``router_logits [T, E]`` are chosen, the first among equals. Their weights are
+        the softmax over all logits, in float32; ``renormalise`` divides them by their sum. ``activation`` is that of
+        :meth:`gated_activation`. The cuda backend supports up to 4096 experts. ``tables`` are the changes of the
+        experts' weights by the ``adapters`` of the tokens."""
 
     @abstractmethod
     def sigmoid_gate(self, x: Tensor, gate: Tensor) -> Tensor:
@@ -473,8 +474,9 @@ class Backend(ABC):
 
     @abstractmethod
     def probabilities(self, logits: Tensor, slots: Slots, batch: ForwardBatch) -> Tensor:
-        """Return float32 ``[N, V]``: the distributions from which :meth:`sample` chooses, 1 for the one id of a row of
-        temperature 0. ``logits`` are not changed. Only where :attr:`gives_probabilities`."""
+        """Return the probabilities with which :meth:`sample` chooses each id, float32 ``[N, V]``; in rows of
+        temperature 0, the chosen id has 1. ``logits`` are not changed. Only backends with :attr:`gives_probabilities`
+        have this op."""
 
     @abstractmethod
     def choose_beams(

@@ -14,7 +14,7 @@ Tensor: TypeAlias = Any
 Slots: TypeAlias = Any
 """Per-slot state of the backend that is kept between steps (:meth:`Backend.alloc_slots`), opaque outside it."""
 AdapterRows: TypeAlias = Any
-"""Which adapter each row of a tensor has (:meth:`Backend.adapter_rows`), opaque outside the backend."""
+"""The adapter of each row of a tensor (:meth:`Backend.adapter_rows`), opaque outside the backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +96,10 @@ class ForwardBatch:
     adapters: Tensor | None = None
     """[R] int32: index of each row's adapter, 0 for none; None if no row has one."""
     token_adapters: AdapterRows = field(default=None, repr=False)
-    """Adapters of the T tokens; None if no row has one. :meth:`Backend.upload` sets this and the next."""
+    """Adapters of the T tokens, set by :meth:`Backend.upload`; None if no row has one."""
     sample_adapters: AdapterRows = field(default=None, repr=False)
-    """Adapters of the N sampled positions; None if no row has one, or if the backend has none for the output layer."""
+    """Adapters of the N sampled positions, set by :meth:`Backend.upload`; None if no row has one, or if adapters cannot
+    change the output layer on this backend."""
     backend: Any = field(default=None, repr=False)
     """The backend's own data, derived from the above at upload (cache slots of the tokens, padded layouts, …)."""
 

@@ -44,7 +44,7 @@ class BackendRequest:
     batch_invariant: bool = False
     """Whether results must be bit-identical for any batch composition; only native backends support that."""
     movable: bool = False
-    """Whether device memory must be freed at times, and then taken back; for the CUDA backend."""
+    """Whether the backend must support :meth:`Backend.release` and :meth:`Backend.restore`; matters only for CUDA."""
 
     def __post_init__(self) -> None:
         names = ("auto", *dict.fromkeys(name for name, _, _ in CANDIDATES))

@@ -1,4 +1,4 @@
-"""The host memory that blocks pass through on their way to and from files."""
+"""The host memory through which blocks are copied to and from files."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 @dataclass(slots=True)
 class PlaceMemory:
-    """Memory of numbered places for blocks.
+    """Host memory divided into numbered places, one for each block.
 
-    Each of ``parts`` is ``[places, bytes]`` and holds a part of every block: on several ranks, the part of one rank."""
+    Each of ``parts`` is ``[places, bytes]`` and holds a part of every block: with several ranks, the part of one
+    rank."""
 
     parts: Sequence[NDArray[np.uint8]]
     """Empty while the engine sleeps without a runner; then nothing is read or written."""

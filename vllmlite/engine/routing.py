@@ -82,7 +82,8 @@ class Router(Generic[K]):
         self._replicas = {key: self._replicas.get(key) or _Replica() for key in keys}
 
     def choose(self, request_id: str, prompt_token_ids: Sequence[int], root: bytes) -> K:
-        """Return the replica for a request, which counts as its work from now on; ``root`` as for :func:`prefix_of`."""
+        """Return the replica for a request, and count the request as its work. ``root`` is the parent hash of the
+        prompt's first block."""
         if self.num_blocks:
             prefix = prefix_of(prompt_token_ids, root, self._block_size)
         else:
@@ -90,7 +91,7 @@ class Router(Generic[K]):
         return self.route(request_id, prefix)
 
     def route(self, request_id: str, prefix: Prefix) -> K:
-        """Return the replica for a request whose prompt has ``prefix``; it counts as its work from now on."""
+        """Return the replica for a request whose prompt has ``prefix``, and count the request as its work."""
         work = self._work(prefix)
         chosen = min(work, key=work.__getitem__)
         self.note_sent(chosen, request_id, prefix)

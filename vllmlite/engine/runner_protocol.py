@@ -52,7 +52,7 @@ class Runner(Protocol):
         ...
 
     def drain(self) -> None:
-        """Wait until no launched step copies blocks of cache tiers any more, whether it is collected or not."""
+        """Wait until no launched step, collected or not, copies blocks to or from the cache tiers any more."""
         ...
 
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Sleep mode: an engine frees the memory of its runner, and takes it back when it wakes up."""
+"""Sleep mode: an engine frees the memory of its runner, and allocates it again when it wakes up."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from vllmlite.errors import EngineSleepingError, ParameterError, VllmliteError
 LEVELS = (1, 2)
 """1: weights are kept in host memory; 2: they are read again from the checkpoint."""
 MODES = ("abort", "wait", "keep")
-"""What happens to unfinished requests: they are aborted, they finish first, or they go on after waking up."""
+"""Ways to treat unfinished requests: abort them, let them finish first, or continue them after waking up."""
 TAGS = frozenset(("weights", "kv_cache"))
-"""Parts of the memory that can be woken up one after the other."""
+"""Parts of the memory, which clients may wake up in separate calls."""
 WRITING_SECONDS = 30.0
-"""Most seconds that an engine waits for blocks to be written to disk before it sleeps."""
+"""Maximum seconds that an engine waits for blocks to be written to disk before it sleeps."""
 
 
 class RunnerMemory(Protocol):
-    """The memory of an engine's runner. No step is in flight when these methods are called."""
+    """The memory of an engine's runner. These methods are called only while no step is in flight."""
 
     def release(self, level: int) -> None:
         """Free the memory. The contents of the key/value cache are lost."""
         ...
 
     def restore(self) -> Runner:
-        """Take the memory back; returns the runner. Raises VllmliteError, and can be called again, if that fails."""
+        """Allocate the memory again, and return the runner. Raises VllmliteError if that fails; it may then be called
+        again."""
         ...
 
 
 @dataclass(slots=True)
 class SleepMode:
-    """Whether an engine sleeps."""
+    """The state of sleep mode of an engine."""
 
     memory: RunnerMemory
     level: int = 0
@@ -51,21 +52,21 @@ class SleepMode:
 
 
 class SleepingRunner:
-    """Stands for the runner of an engine that has dropped it."""
+    """Runner of an engine that sleeps without its real runner; refuses all work."""
 
     def launch(self, schedule: Schedule) -> NoReturn:
-        """Raise EngineSleepingError."""
+        """Raise EngineSleepingError: a sleeping engine runs no steps."""
         raise EngineSleepingError
 
     def collect(self, handle: Any) -> NoReturn:
-        """Raise EngineSleepingError."""
+        """Raise EngineSleepingError: a sleeping engine runs no steps."""
         raise EngineSleepingError
 
     def drain(self) -> None:
         """Do nothing: no step is in flight."""
 
     def load_adapter_parts(self, index: int, adapter: Any) -> Iterator[int]:
-        """Raise EngineSleepingError."""
+        """Raise EngineSleepingError: a sleeping engine loads no adapters."""
         raise EngineSleepingError
 
 
@@ -92,7 +93,7 @@ class CanSleep:
     scheduler: Scheduler
     runner: Runner
     sleep_mode: SleepMode | None = None
-    """None unless sleep mode is enabled."""
+    """State of sleep mode; None unless it is enabled."""
     _unfinished: UnfinishedRequests
     _in_flight: deque[tuple[Schedule, list[Request], Any]]
     _changing: bool
@@ -100,10 +101,10 @@ class CanSleep:
     def sleep(self, level: int = 1) -> None:
         """Free the memory of the runner until :meth:`wake_up`; unfinished requests are then computed again.
 
-        At level 1 the weights are kept in host memory; at level 2 they are read again from the checkpoint. The prefix
-        cache is emptied, but for what the tiers keep: at level 2 only a disk. An engine that sleeps at level 1 can go
-        on to level 2. Raises ParameterError if sleep mode is not enabled, and VllmliteError, without sleeping, if the
-        memory cannot be freed."""
+        At ``level`` 1 the weights are kept in host memory; at level 2 they are read again from the checkpoint. The
+        prefix cache is emptied, except for blocks in the cache tiers (at level 2 only those on disk). An engine that
+        sleeps at level 1 may go on to level 2. Raises ParameterError if sleep mode is not enabled, and VllmliteError,
+        without sleeping, if the memory cannot be freed."""
         mode = self._sleep_mode()
         check_sleep(level)
         self._restore_if_interrupted()
@@ -130,8 +131,8 @@ class CanSleep:
             self._changing = False
 
     def wake_up(self, tags: Iterable[str] | None = None) -> None:
-        """Take back the memory that :meth:`sleep` has freed, once all ``TAGS`` have been given, in this call or in
-        earlier ones; None stands for all. Raises VllmliteError, and sleeps on, if that fails."""
+        """Allocate the memory that :meth:`sleep` has freed, once all of :data:`TAGS` have been given, in this call or
+        in earlier ones; None stands for all. Raises VllmliteError, and stays asleep, if that fails."""
         mode = self._sleep_mode()
         found = check_tags(tags)
         self._restore_if_interrupted()

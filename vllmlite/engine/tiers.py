@@ -386,7 +386,7 @@ class Tiers:
             self.disk.wait(seconds)
 
     def finish_writing(self, seconds: float) -> None:
-        """Wait until the disk has what it was given to write, at most so long."""
+        """Wait until all blocks that are being written are on disk, for at most ``seconds``."""
         end = time.monotonic() + seconds
         while self._writing and (left := end - time.monotonic()) > 0:
             self.wait(left)

@@ -1,4 +1,4 @@
-"""The weights of the base model, as far as reading an adapter needs them."""
+"""The weights of the base model that are needed to read some kinds of adapters."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from vllmlite.weights.parts import TABLE, Source
 
 Floats: TypeAlias = NDArray[np.float32]
 Stored: TypeAlias = tuple[Mapping[str, Source], Weights]
-"""Where each tensor of the model is stored, and the stored tensors."""
+"""For each tensor of the model, where it is stored; and the stored tensors."""
 
 ELEMENTS = 1 << 17
-"""Elements of a weight that are converted and multiplied at a time."""
+"""Maximum number of elements of a weight that are converted and multiplied at a time."""
 
 
 class BaseWeights:
-    """The stored weights of a model, opened when they are first needed and never copied as a whole."""
+    """The stored weights of a model. They are opened when they are first needed, and never copied as a whole."""
 
     def __init__(self, open_weights: Callable[[], Stored], pace: Callable[[], None]) -> None:
         """``pace`` is called between pieces of work."""
@@ -37,10 +37,10 @@ class BaseWeights:
         self._opened: Stored | None = None
 
     def gain(self, place: str, change: LowRank, magnitudes: Floats) -> Floats:
-        """Return the gain ``[2, out]`` with which rows of the changed weight have the norms ``magnitudes [out]``.
+        """Return the gain ``[2, out]`` by which the rows of the changed weight get the norms ``magnitudes [out]``.
 
         This is DoRA (Liu et al. 2024): ``m * (W + scale * b @ a) / ||W + scale * b @ a||``, by rows of W. The gain's
-        second row makes up for the factor that the bias must not have."""
+        second row corrects the bias, which must not be multiplied."""
         squares = np.concatenate(list(self._squares(place, change)))
         if place == EMBEDDING:  # the table is stored as [V, hidden]: its columns are the weight's rows
             squares = squares.reshape(-1, len(magnitudes)).sum(0)

@@ -42,7 +42,7 @@ class Module:
         return self.parts[0][0] == EMBEDDING
 
     def expert(self, index: int, count: int) -> Module:
-        """Return the part of a module that holds ``count`` experts one after another."""
+        """Return the part for expert ``index`` of a module that holds ``count`` experts one after another."""
         rows = self.out // count
         span = index * rows, (index + 1) * rows
         own = ((place, replace(source, rows=None)) for place, source in self.parts if source.rows == (span,))
@@ -127,20 +127,21 @@ class Modules:
         raise ModelError(f"{where}: changes module {name[:200]!r}, which the base model does not have")
 
     def kind(self, name: str) -> str | None:
-        """Return which modules of a mixture of experts a module belongs to: experts or routers; None: neither."""
+        """Return ``experts`` or ``routers`` for a module of a mixture of experts; None for other modules."""
         place = self.by_name[name].parts[0][0]
         if ability(place) != EXPERTS:
             return None
         return ROUTER if place.endswith(ROUTER) else EXPERTS
 
     def usual(self, name: str) -> str:
-        """Return the name of a module of a mixture of experts in transformers 5, where all are in ``mlp``."""
+        """Return the name that transformers 5 has for a module of a mixture of experts, which is always inside
+        ``mlp``."""
         for usual, own in self._in_mlp:
             name = re.sub(rf"(\.\d+\.){re.escape(own)}(?=\.|$)", rf"\g<1>{usual}", name)
         return name
 
     def _of_layer(self, name: str) -> str:
-        """Return the family's own name for one of :meth:`usual`."""
+        """Return the family's own name for a name that :meth:`usual` returned."""
         for usual, own in self._in_mlp:
             name = re.sub(rf"(\.\d+\.){re.escape(usual)}(?=\.|$)", rf"\g<1>{own}", name)
         return name

@@ -43,7 +43,7 @@ class ModuleTensors:
 
     @property
     def field(self) -> str:
-        """The field of a configuration that speaks of the module."""
+        """Field of the configuration that lists the module."""
         return "target_modules" if self.factors else "modules_to_save"
 
 

@@ -61,7 +61,7 @@ _NEEDING = {
     GAIN: "use_dora: rescales whole weights",
     EXPERTS: "target_modules or target_parameters: changes experts of a mixture or their router",
 }
-"""How an adapter makes use of each of the abilities that not all backends have."""
+"""Ability that not all backends have → the field by which an adapter uses it, for messages."""
 
 _GGUF_TENSOR = re.compile(r"(?P<module>.+)\.weight\.lora_(?P<factor>[ab])")
 
@@ -143,7 +143,7 @@ class AdapterReader:
         return changes
 
     def _check_extras(self, where: str, config: PeftConfig, name: str, own: ModuleTensors) -> None:
-        """Raise ModelError if a module has other tensors than the configuration says, or a copy of the base model's
+        """Raise ModelError if a module has other tensors than the configuration implies, or a copy of the base model's
         weight that differs from it."""
         what = f"{where}: module {own.name[:200]!r}"
         if own.whole is not None and (own.factors or own.magnitude is not None):
@@ -193,7 +193,7 @@ class AdapterReader:
     def _rescaled(
         self, where: str, own: ModuleTensors, module: Module, changes: dict[str, LowRank]
     ) -> dict[str, LowRank]:
-        """Return the changes with the gains that the module's magnitudes ask for, if it has any."""
+        """Return the changes with the gains that follow from the module's magnitudes, if it has any (DoRA)."""
         if own.magnitude is None:
             return changes
         what = f"{where}: lora_magnitude_vector of module {own.name[:200]!r}"

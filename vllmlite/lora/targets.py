@@ -12,7 +12,7 @@ from vllmlite.weights.adapter import EMBEDDING, HEAD
 from vllmlite.weights.checkpoint import listed
 
 _BASE = ".base_layer"
-"""Part of a name for each parameter of a module beyond the first that PEFT wraps."""
+"""Part of a module's name that PEFT repeats for each further parameter of the module that it wraps."""
 
 
 class Targets:
@@ -30,9 +30,8 @@ class Targets:
         """Rank and scale for each module that has factors."""
 
     def check(self) -> None:
-        """Raise ModelError unless the configuration applies the adapter to exactly the modules that have tensors.
-
-        PEFT ignores what the file has beyond that, and leaves out what it lacks."""
+        """Raise ModelError unless the configuration applies the adapter to exactly the modules that have tensors. (PEFT
+        ignores additional tensors, and leaves modules without tensors unchanged.)"""
         for name, tensors in self.own.items():
             experts = self.modules.stacked.get(name.replace(_BASE, ""))
             if experts is not None and tensors.factors:

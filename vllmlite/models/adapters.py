@@ -35,16 +35,16 @@ def places(spec: DecoderSpec) -> dict[str, tuple[int, int]]:
 
 
 def ability(place: str) -> str | None:
-    """Return what a backend must be able to do to change the weight ``place``, one of ``ABILITIES``; None: nothing
-    beside changing linear layers."""
+    """Return the ability, one of ``ABILITIES``, that a backend needs to change the weight ``place``; None for linear
+    layers, which need none."""
     if place in (EMBEDDING, HEAD):
         return place
     return EXPERTS if ".experts." in place or place.endswith(ROUTER) else None
 
 
 def most_bytes(spec: DecoderSpec, limits: AdapterLimits, dtype: str, abilities: Set[str]) -> int:
-    """Return the bytes of as many adapters as may be resident, of the largest rank and in all places but experts, on a
-    backend with ``abilities``. Few adapters change experts, and those take a hundred times as much."""
+    """Return the bytes of the maximum number of resident adapters, of the largest rank and in all places except
+    experts, on a backend with ``abilities``. Few adapters change experts, which take a hundred times as much."""
     able = {None, *abilities} - {EXPERTS}
     sizes = [sum(shape) for name, shape in places(spec).items() if ability(name) in able]
     return sum(sizes) * limits.max_rank * ITEM_SIZE[dtype] * limits.max_adapters
@@ -62,9 +62,8 @@ class PlacePart:
     """Span of columns of the whole weight that the rank has; None: all columns."""
 
     def of(self, change: LowRank) -> LowRank:
-        """Return the change of this part: the rank's rows of ``b`` and its columns of ``a``.
-
-        Of the ranks that add up their results, only the first has the bias, for which the gain makes up."""
+        """Return the change of this part: the rank's rows of ``b`` and its columns of ``a``. If the ranks add up their
+        results, only the first rank has the bias, so only its gain corrects it."""
         a, b, gain = change.a, change.b, change.gain
         if self.columns is not None:
             a = _taken(a, None, self.columns)

@@ -49,7 +49,7 @@ class _Linear:
     changes: LowRankTable = None
     """The changes that adapters make to the weight; None if there are no adapters, or if they cannot change it."""
     changed_by: set[int] = field(default_factory=set)
-    """Indices of the adapters that change it."""
+    """Indices of the adapters that change the weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,11 @@ class _Moe:
     router: _Linear
     experts: Experts
     linears: Sequence[tuple[_Linear, _Linear]]
-    """The experts' weights, gate and up projection in one."""
+    """For each expert, the gate and up projections as one weight, and the down projection."""
     shared: _Mlp | None
     shared_gate: LinearWeight | None
     tables: ExpertTables = None
-    """The changes of ``linears``; None if there are none."""
+    """The changes that adapters make to ``linears``; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -423,7 +423,7 @@ class _Loader:
         return self.named(self.weight(name, *parts), *(name + part for part in parts))
 
     def named(self, weight: LinearWeight, *names: str) -> _Linear:
-        """Return ``weight`` as one that adapters can change."""
+        """Return ``weight``, which consists of the weights ``names``, as one that adapters can change."""
         linear = _Linear(weight, names)
         self.linears.append(linear)
         return linear

@@ -43,7 +43,7 @@ class AdaptableModel(Model, Protocol):
     """A model that can run with LoRA adapters."""
 
     def logits(self, hidden: Tensor, adapters: AdapterRows = None) -> Tensor:
-        """The logits of :class:`Model`, as the ``adapters`` of the rows change them."""
+        """Return float32 logits ``[N, V]`` of hidden states ``[N, hidden]``, whose rows have ``adapters``."""
         ...
 
     def enable_adapters(self, limits: AdapterLimits) -> None:

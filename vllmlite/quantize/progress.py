@@ -32,7 +32,7 @@ class Progress:
     """A hash of everything that the result depends on."""
     layers: int = 0
     rounded_to_nearest: list[str] = field(default_factory=list)
-    """Weights of these layers that no calibration token reached."""
+    """Weights of the finished layers that no calibration token reached."""
 
     @classmethod
     def open(cls, work: Path, source: Path, given: Sequence[Any]) -> Progress:

@@ -25,9 +25,9 @@ from vllmlite.subprogram import ending, start_python
 
 PROGRAM = "from vllmlite.ranks.worker import main; main()"
 START_SECONDS = 8.0
-"""Seconds without progress after which the process of a rank that has not shown yet that it runs counts as failed."""
+"""Maximum seconds without progress of a rank's process before it has shown that it runs."""
 STALLED_SECONDS = 60.0
-"""Seconds without progress after which a rank that loads its part of the model counts as failed."""
+"""Maximum seconds without progress of a rank that is loading its part of the model."""
 SILENT_SECONDS = 3.5
 """Seconds without a sign of life after which a rank counts as stopped. A thread of each rank gives one every half
 second."""

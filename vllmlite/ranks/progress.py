@@ -1,4 +1,4 @@
-"""Whether a process makes progress, by the system's counts of its work."""
+"""Measure whether a process makes progress, by the system's counts of its work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LEAST_SECONDS = 0.05
 
 
 class Progress:
-    """Tells for how long a process has neither computed, nor read anything, nor entered another phase."""
+    """Measures for how long a process has neither computed, nor read anything, nor entered another phase."""
 
     def __init__(self, pid: int) -> None:
         """Watch process ``pid``."""
@@ -30,8 +30,8 @@ class Progress:
         return time.monotonic() - self._since
 
     def _work(self) -> tuple[float, tuple[int, int]]:
-        """Return the processor time that the process has used, and counts that grow when it reads: page faults that
-        waited for a disk, and bytes. Counts that the system does not show stay as they are."""
+        """Return the processor time that the process has used, and two counts that grow when it reads: page faults that
+        waited for a disk, and bytes. A count that the system does not provide does not change."""
         seconds, (faults, size) = self._seconds, self._read
         with suppress(OSError):
             fields = (self._directory / "stat").read_text().rpartition(")")[2].split()

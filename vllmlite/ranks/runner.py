@@ -57,7 +57,7 @@ class ParallelRunner:
                 self.collect(self.launch(Schedule(copies=Copies())))
 
     def host_memory(self) -> Sequence[NDArray[np.uint8]]:
-        """Return the memory of the ranks' places for blocks, if this process shares it."""
+        """Return the host memory of the ranks for blocks; empty if this process does not share it."""
         return self._memory
 
     def load_adapter_parts(self, index: int, adapter: Adapter) -> Iterator[int]:

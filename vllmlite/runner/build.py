@@ -41,7 +41,7 @@ from vllmlite.weights.schemes.grouped import GroupedScheme
 logger = logging.getLogger(__name__)
 
 WAITING = "waiting until all ranks have loaded their weights"
-"""The phase in which a rank has nothing to do."""
+"""Name of the phase in which a rank waits for others and makes no progress of its own."""
 
 
 RunnerT = TypeVar("RunnerT", covariant=True)
@@ -64,7 +64,7 @@ class BuiltRunner(Generic[RunnerT]):
     """Seconds by which a step that waits for the results of the one before takes longer than one launched beside it; 0
     without speculative decoding and two steps in flight."""
     host: HostPlaces | None = None
-    """The places in host memory for blocks; None: there are none."""
+    """The host memory for blocks; None if there is none."""
 
 
 def plan_for(config: EngineConfig) -> Plan:

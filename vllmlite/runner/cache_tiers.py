@@ -27,21 +27,22 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class HostPlaces:
-    """The places in a rank's host memory, each for its part of a block."""
+    """The host memory of a rank for blocks, of each of which it holds the rank's part."""
 
     num_places: int
     block_bytes: int
     """Bytes of the rank's part of a block."""
     seconds_per_load: float
-    """Measured time of copying a block from there."""
+    """Measured seconds to copy a block from host memory to the device."""
     fingerprint: bytes
-    """What the contents of blocks in files depend on apart from their hashes; empty if there are no files."""
+    """Fingerprint of everything, besides their hashes, that the contents of blocks in files depend on; empty if there
+    are no files."""
 
 
 def host_places(
     config: EngineConfig, plan: Plan, runner: ModelRunner, num_blocks: int, max_model_len: int
 ) -> HostPlaces | None:
-    """Return the places of a runner, or None if it has none."""
+    """Return the host memory of a runner for blocks, or None if it has none."""
     host = runner.host_blocks
     if host is None:
         return None
@@ -70,8 +71,8 @@ def cache_fingerprint(config: EngineConfig, plan: Plan, runner: ModelRunner, max
 def cache_tiers(
     config: EngineConfig, places: HostPlaces, memory: PlaceMemory, num_blocks: int, replica: int
 ) -> Tiers:
-    """Return the cache tiers behind a pool of ``num_blocks`` blocks. ``memory`` is that of ``places``, if there are
-    files."""
+    """Return the cache tiers behind a pool of ``num_blocks`` blocks. ``memory`` is the host memory of ``places``, which
+    is needed only if there are files."""
     cost = TransferCost(config.block_size, places.seconds_per_load)
     disk = None
     if config.kv_disk_path is not None:

@@ -43,7 +43,7 @@ class Launched:
     schedule: Schedule
     sampled: Sampled | None = None
     probabilities: Tensor = None
-    """The distributions of the sampled ids; None unless the runner keeps them."""
+    """Distributions of the sampled ids; None unless the runner keeps them."""
     accepted: Tensor | None = None
     """1 for each sampled id that is accepted, else 0; None if the step has no drafts, so that all are accepted."""
     beams: Continuations | None = None
@@ -90,7 +90,8 @@ class ModelRunner:
         self._empty = backend.tensor(np.zeros(1, np.int32))
         self.proposer = proposer
         self._rejection = rejection
-        """How drafts are verified; None: an id is sampled at each, and a draft is accepted if it is that id."""
+        """Verifies drafts by rejection sampling; None: an id is sampled at each draft, which is accepted if it equals
+        that id."""
         self.keeps_probabilities = False
         """Whether steps keep the distributions of the ids that they sample."""
         self.kv: KVCache = backend.alloc_kv(model.kv_spec, num_blocks)
@@ -148,7 +149,7 @@ class ModelRunner:
         self.backend.release(self._caches)
 
     def restore(self) -> None:
-        """Take the memory back. Raises BackendError if there is too little, and can be called again then."""
+        """Allocate the memory again. Raises BackendError if there is too little; it may then be called again."""
         self.backend.restore(self._caches)
 
     @property
@@ -179,12 +180,12 @@ class ModelRunner:
             raise
 
     def drain(self) -> None:
-        """Wait for the copies of blocks that have been issued."""
+        """Wait for the block copies that have been issued."""
         if self.host_blocks is not None:
             self.host_blocks.wait()
 
     def host_memory(self) -> list[NDArray[np.uint8]]:
-        """Return the memory of the places for blocks, ``[places, bytes]``, if there are any."""
+        """Return the host memory for blocks, ``[places, bytes]``; empty if there is none."""
         return [] if self.host_blocks is None else [self.host_blocks.memory]
 
     def _adaptable(self) -> AdaptableModel:

@@ -1,4 +1,4 @@
-"""Sleep mode: freeing the memory of a runner, and taking it back or building the runner anew."""
+"""Sleep mode: frees the memory of a runner, and allocates it again or builds a new runner."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ logger = logging.getLogger(__name__)
 
 
 class ModelRunnerMemory:
-    """The memory of a runner; see :class:`~vllmlite.engine.sleeping.RunnerMemory`."""
+    """The memory of a runner, which sleep mode frees and allocates again."""
 
     def __init__(
         self, runner: ModelRunner, rebuild: Callable[[], ModelRunner], drop: Callable[[], None]
     ) -> None:
-        """``rebuild`` makes the runner anew, from the checkpoint; ``drop`` removes what else refers to its memory."""
+        """Manage the memory of ``runner``. ``rebuild`` builds a new runner from the checkpoint; ``drop`` removes other
+        references to the runner's memory."""
         self._runner: ModelRunner | None = runner
         self._rebuild, self._drop = rebuild, drop
         self._released = False
 
     def release(self, level: int) -> None:
-        """At level 1 the backend frees what it can, and keeps the weights in host memory; at level 2 the runner is
+        """Free the memory. At ``level`` 1 the backend keeps the weights in host memory; at level 2 the runner is
         dropped, with its model, graphs and backend."""
         assert self._runner is not None
         backend = self._runner.backend
@@ -48,8 +49,8 @@ class ModelRunnerMemory:
         logger.info("asleep at level %d: %d MiB more are free", level, freed >> 20)
 
     def restore(self) -> ModelRunner:
-        """Take the memory back, or build the runner anew. Raises VllmliteError if there is too little memory, or if the
-        checkpoint cannot be read."""
+        """Allocate the memory again, or build a new runner. Raises VllmliteError if there is too little memory, or if
+        the checkpoint cannot be read."""
         if self._runner is None:
             self._runner = self._rebuild()
         if self._released:
@@ -62,8 +63,8 @@ class ModelRunnerMemory:
 def sleep_mode(
     config: EngineConfig, plan: Plan, replica: int, runner: ModelRunner, memory: PlaceMemory, mark: bytes
 ) -> SleepMode:
-    """Return what lets the engine of ``runner`` sleep. ``memory`` is the host memory that blocks pass through on their
-    way to and from files, of which ``mark`` is the fingerprint."""
+    """Return the sleep mode of the engine of ``runner``. ``memory`` is the host memory through which blocks are copied
+    to and from files, and ``mark`` the fingerprint of these files."""
     same_size = replace(config, num_gpu_blocks_override=runner.num_blocks, kv_cache_memory_bytes=None)
 
     def rebuild() -> ModelRunner:

@@ -33,8 +33,8 @@ async def sleep(request: Request, level: int = 1, mode: str = "abort") -> Respon
 
 @router.post("/wake_up", responses=documented(), response_class=Response)
 async def wake_up(request: Request, tags: Annotated[list[str] | None, Query()] = None) -> Response:
-    """Take the memory back; answers once requests are served. With ``tags``, weights or kv_cache, the engine wakes up
-    once both have been given."""
+    """Allocate the memory again, and answer once requests are served. With ``tags``, which are weights and kv_cache,
+    the engine wakes up once both have been given."""
     engine: AsyncLLM = request.app.state.service.engine
     await engine.wake_up(tags)
     return Response()

@@ -18,7 +18,8 @@ GAIN = "gain"
 EXPERTS = "experts"
 """Name of the weights of mixtures of experts, with their routers, among :data:`ABILITIES`."""
 ABILITIES = frozenset((EMBEDDING, HEAD, GAIN, EXPERTS))
-"""What adapters may change beside the linear layers of a decoder; not all backends support all of it."""
+"""Kinds of changes, besides those of a decoder's linear layers, that adapters may make. Not all backends support all of
+them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +35,8 @@ class LowRank:
     scale: float
     """Factor of the product, such as ``lora_alpha / r``; applied in float32."""
     gain: NDArray[np.float32] | None = None
-    """``[2, out]``: the base weight's results are multiplied by the first row, and the second is added, before the
-    product is added; None: they stay as they are."""
+    """``[2, out]``: before the low-rank product is added, the results of the base weight are multiplied by the first
+    row, and the second row is added to them. None: they are not changed."""
 
     @property
     def rank(self) -> int:
@@ -49,7 +50,7 @@ class LowRank:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it replaces the weight, of which nothing is left."""
+        """Whether the change replaces the weight completely."""
         return self.gain is not None and not self.gain.any()
 
 
@@ -77,8 +78,8 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class AdapterLimits:
-    """How many adapters may be resident on the device at a time, and the largest rank of each of their changes.
-    Whole weights have no limit.
+    """Limits of adapters on the device: their number, and the largest rank of their changes. Changes that replace whole
+    weights have no limit.
 
     Resident adapters have the indices 1 to ``max_adapters``; index 0 stands for no adapter."""
 

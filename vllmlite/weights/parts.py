@@ -132,8 +132,8 @@ class ModelWeights:
         return parts
 
     def release(self, names: Sequence[str]) -> None:
-        """Return the memory of stored tensors that are on the backend to the system. Tensors that the backend uses
-        where they are mapped are read again when needed."""
+        """Return the memory of stored tensors to the system, once they are on the backend. A tensor that the backend
+        uses in the mapped file is read again when it is needed."""
         if self.stored.generated:
             return
         for key in {self.sources[name].key for name in names}:

@@ -139,7 +139,7 @@ def load_drafter(
 
 
 def read_states(config: EngineConfig, draft: DraftCheckpoint, target: DecoderSpec) -> tuple[int, ...]:
-    """Return the layers of a model, of which ``target`` is a stage, whose inputs the drafts of ``draft`` read."""
+    """Return the layers whose inputs the drafts of ``draft`` read, in a model of which ``target`` is a stage."""
     if draft.method not in EAGLE:
         return ()
     spec = read_eagle(_find(config, draft), draft.method, target.whole or target)

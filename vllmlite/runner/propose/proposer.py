@@ -18,10 +18,10 @@ class Proposer(Protocol):
     ``KeepingModel.forward_keeping``."""
 
     caches: Sequence[KVCache] = ()
-    """Its key/value cache, if it has one."""
+    """The proposer's key/value cache; empty if it has none."""
 
     def forget_cached(self) -> None:
-        """Take note that the contents of :attr:`caches` are lost. No sequence has a slot."""
+        """Forget the contents of :attr:`caches`, which are lost. Called while no sequence has a slot."""
         return None
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
@@ -54,8 +54,8 @@ class Proposer(Protocol):
 
 
 class EarlierStages(Proposer):
-    """Represents, in the earlier stages of a pipeline, the proposer of the last stage, which reads their hidden
-    states."""
+    """Stands for the proposer of a pipeline's last stage in the earlier stages, whose hidden states that proposer
+    reads."""
 
     def __init__(self, states: Sequence[int]) -> None:
         """Have the stages pass on the inputs of the layers ``states``."""
@@ -68,5 +68,5 @@ class EarlierStages(Proposer):
         """Do nothing."""
 
     def collect(self, handle: None, token_ids: Sequence[list[int]], wanted: Sequence[int]) -> list[list[int]]:
-        """Propose nothing."""
+        """Return no drafts: the last stage proposes them."""
         return [[] for _ in wanted]

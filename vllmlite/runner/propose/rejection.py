@@ -24,7 +24,7 @@ from vllmlite.config.speculative import FIELD, PROBABILISTIC
 from vllmlite.errors import ParameterError
 
 _DRAWING, _ACCEPTANCE = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB
-"""What is added to a request's seed for these random numbers."""
+"""Constants that are added to a request's seed, for the random numbers of drawing drafts and of accepting them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class Drawn:
 
     token_id: int
     probability: float
-    """Of ``token_id``."""
+    """Probability of ``token_id``."""
     ids: NDArray[np.int32] | None
-    """The id of each of ``probabilities``; None: they are ids 0, 1, 2, and so on."""
+    """The id of each of ``probabilities``; None: entry i belongs to id i."""
     probabilities: NDArray[np.float32]
 
     def subtracted_from(self, target: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -51,10 +51,11 @@ class Drawn:
 
 
 class RejectionSampler:
-    """Knows the parameters of the sequences in the slots, and the distributions of their drafts."""
+    """Verifies drafts by rejection sampling: keeps the parameters of the sequences in the slots, and the distributions
+    of their drafts."""
 
     def __init__(self, backend: Backend) -> None:
-        """Raises ParameterError if ``backend`` gives no distributions."""
+        """Verify on ``backend``. Raises ParameterError if it does not give distributions."""
         if not backend.gives_probabilities:
             raise ParameterError(
                 f"{FIELD}.draft_sample_method",
@@ -71,8 +72,8 @@ class RejectionSampler:
         self._drawn.pop(slot, None)
 
     def draft_params(self, slot: int) -> SlotParams:
-        """Return the parameters with which drafts for ``slot`` are drawn: those of its sequence that do not depend on
-        the text, with another seed."""
+        """Return the sampling parameters with which drafts for ``slot`` are drawn: those of its sequence that do not
+        depend on the text, with a seed of their own."""
         params = self._params[slot]
         return SlotParams(
             temperature=params.temperature,
@@ -94,16 +95,16 @@ class RejectionSampler:
         probabilities: NDArray[np.float32],
         ids: NDArray[np.int32] | None = None,
     ) -> None:
-        """Take note that ``token_id`` was drafted for ``slot``, entry ``place`` of ``probabilities``; ``ids`` are the
-        ids of the entries, if not their numbers."""
+        """Record that ``token_id``, which is entry ``place`` of ``probabilities``, was drafted for ``slot``. ``ids``
+        are the ids of the entries; None: entry i belongs to id i."""
         self._drawn[slot].append(Drawn(token_id, float(probabilities[place]), ids, probabilities))
 
     def sample(self, logits: Tensor, slots: Slots, batch: ForwardBatch, uploaded: Tensor) -> Sampled:
-        """Choose ids as ``Backend.sample`` does, but verify drafts by rejection sampling. ``batch`` is the host's batch
-        of ``uploaded``. Waits for the logits.
+        """Choose ids as ``Backend.sample`` does, but verify drafts by rejection sampling, after waiting for the logits.
+        ``batch`` is the host's batch of ``uploaded``.
 
-        Where a draft is rejected, its replacement is another id, so that ``Backend.accept`` finds the accepted ones.
-        Ids after a rejected draft are 0."""
+        The replacement of a rejected draft is a different id, so that ``Backend.accept`` recognises the rejection. Ids
+        after a rejected draft are 0."""
         found = self._backend.to_host(self._backend.probabilities(logits, slots, uploaded))
         ids = np.zeros(len(found), np.int32)
         sample_slots, tokens = batch.sample_slots.tolist(), batch.token_ids[batch.logits_rows].tolist()
@@ -139,7 +140,8 @@ class RejectionSampler:
         return [*drafts, _draw(found[last].astype(np.float64), uniform(seed, position + last))]
 
     def _drawn_as(self, slot: int, count: int, draft: int) -> Drawn | None:
-        """Return how the draft ``count`` of ``slot`` was drawn; None if it was not drawn at random."""
+        """Return how draft number ``count`` of ``slot``, which is ``draft``, was drawn; None if it was not drawn at
+        random."""
         drawn = self._drawn.get(slot, [])
         return drawn[count] if count < len(drawn) and drawn[count].token_id == draft else None
 

@@ -91,7 +91,7 @@ class GroupedScheme(SlicedScheme):
 
     def take_columns(self, weight: PackedWeight, first: int, last: int) -> PackedWeight:
         """Return columns ``first`` to ``last`` - 1. Bounds are multiples of :attr:`column_unit`, or the number of
-        columns. ModelError for a weight with an order: its packed columns are others."""
+        columns. Raises ModelError for a weight with an order, whose columns are not stored in their own order."""
         if ORDER in weight.parts:
             raise ModelError("columns cannot be taken from a weight whose columns are permuted")
         return SlicedScheme.take_columns(self, weight, first, last)
