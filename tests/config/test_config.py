@@ -87,6 +87,8 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["--kv-disk-path", "d"], "kv_disk_path", "d"),
     (["--kv-disk-size", "2GiB"], "kv_disk_size", 2 << 30),
     (["--slot-save-path", "d"], "slot_save_path", "d"),
+    (["--slot-save-size", "64MiB"], "slot_save_size", 64 << 20),
+    (["--enable-sleep-mode"], "enable_sleep_mode", True),
     (["--preemption-mode", "recompute"], "preemption_mode", "recompute"),
 ]
 

@@ -38,10 +38,12 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = ("int8", "int4")
 AT_LOAD = (*QUANTIZATIONS, "fp8")
 """Methods by which float weights can be quantised when they are loaded."""
-CHECKPOINT_METHODS = ("auto-round", "awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "modelopt")
+CHECKPOINT_METHODS = (
+    "auto-round", "awq", "bitsandbytes", "compressed-tensors", "fp8", "gptq", "modelopt", "mxfp4",
+)  # fmt: skip
 METHOD_SYNONYMS = {
     "auto_round": "auto-round", "intel/auto-round": "auto-round", "awq_marlin": "awq", "gptq_marlin": "gptq",
-    "modelopt_fp4": "modelopt", "modelopt_fp8": "modelopt",
+    "gpt_oss_mxfp4": "mxfp4", "modelopt_fp4": "modelopt", "modelopt_fp8": "modelopt",
 }  # fmt: skip
 """Other names of methods: older ones, and those of vLLM's kernels."""
 KV_DTYPES = (*FLOAT_DTYPES, "int8", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head")
