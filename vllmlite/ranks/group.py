@@ -200,8 +200,9 @@ class RankGroup:
             silence, last = self.ranks.silence(rank), f"; its last message: {self._phases[rank]}"
             if silence > SILENT_SECONDS:
                 self._stop(f"{self._named(rank)} has not shown for {silence:.1f} s that it runs{last}")
-            elif self._ready[rank] is None:
-                self._check_start(rank, silence >= 0, seconds, last)
+        starting = [rank for rank, ready in enumerate(self._ready) if ready is None]
+        if starting:
+            self._check_progress(starting, seconds)
         late = self.ranks.late
         if late >= 0:
             self._stop(f"{self._named(late)} runs, but the others have waited too long for it in a step")
@@ -211,15 +212,22 @@ class RankGroup:
                 rank, error = next(iter(failed.items()))
                 self._stop(f"{self._named(rank)} failed at step {step}, and others did not: {error}")
 
-    def _check_start(self, rank: int, runs: bool, seconds: float, last: str) -> None:
-        """Stop all ranks if one that is not ready makes no progress, or has been starting for too long."""
-        idle = self._progress[rank].idle_seconds(self._phases[rank])
-        if not runs and idle > START_SECONDS:
-            self._stop(f"{self._named(rank)} has not started: it has done nothing for {idle:.0f} s")
-        elif runs and idle > STALLED_SECONDS and self._phases[rank] != WAITING:
-            self._stop(f"{self._named(rank)} has neither computed nor read for {idle:.0f} s{last}")
+    def _check_progress(self, starting: Sequence[int], seconds: float) -> None:
+        """Stop all ranks if one of those that are ``starting`` shows nothing, if they all do nothing, or if they take
+        too long. A rank may do nothing while it waits for another one that makes progress."""
+        busy = {}
+        for rank in starting:
+            idle, phase = self._progress[rank].idle_seconds(self._phases[rank]), self._phases[rank]
+            if phase == NOT_STARTED and idle > START_SECONDS:
+                self._stop(f"{self._named(rank)} has not started: it has done nothing for {idle:.0f} s")
+            if phase != WAITING:
+                busy[rank] = idle
+        rank = next(iter(busy), starting[0])
+        what = f"{self._named(rank)} has not loaded the model; its last message: {self._phases[rank]}"
+        if busy and min(busy.values()) > STALLED_SECONDS:
+            self._stop(f"{what}; it has neither computed nor read for {busy[rank]:.0f} s")
         elif seconds > LOAD_SECONDS:
-            self._stop(f"{self._named(rank)} has not loaded the model within {LOAD_SECONDS:.0f} s{last}")
+            self._stop(f"{what}; that has taken longer than {LOAD_SECONDS:.0f} s")
 
 
 def _watch(reference: weakref.ref[RankGroup]) -> None:
