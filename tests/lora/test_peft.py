@@ -74,10 +74,12 @@ CASES = [
     ("Mixtral", "experts", EXPERTS | {"rank_pattern": {"experts.down_proj": 2}}),
     ("Mixtral", "experts of each layer", EXPERTS | {"target_parameters": ["mlp.experts.down_proj"]}),
     ("Qwen3Moe", "experts and routers", {"target_modules": "all-linear", "use_rslora": True}),
+    ("GptOss", "interleaved experts", EXPERTS),
     ("Qwen2Moe", "shared experts", EXPERTS | {"target_modules": ["gate_proj", "down_proj"]}),
 ]
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT2": ("GPT2", {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 256, "n_inner": 96}),
+    "GptOss": ("GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}),
     "tied Llama": ("Llama", {"tie_word_embeddings": True}),
     "Qwen3Moe": ("Qwen3Moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}),
     "Qwen2Moe": ("Qwen2Moe", {

@@ -89,6 +89,7 @@ def test_a_mixed_batch_equals_merged_weights(checkpoints: Any, family: str, devi
 SPLIT: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, changes) for family, changes in FAMILIES.items()},
     "fewer kv heads than ranks": ("Llama", {"num_key_value_heads": 1}),
+    "interleaved experts": ("GptOss", {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16}),
     "interleaved by group": ("Falcon", {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": True}),
 }
 

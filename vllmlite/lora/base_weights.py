@@ -49,17 +49,23 @@ class BaseWeights:
         shift = (1 - factors) * bias
         return np.stack([factors, shift]).astype(np.float32)
 
-    def equal(self, place: str, tensor: HostTensor) -> bool:
-        """Return whether ``tensor`` has the values of the weight ``place``, rounded to its dtype. The embedding is
+    def may_equal(self, place: str, tensor: HostTensor) -> bool:
+        """Return whether ``tensor`` may be a copy of the weight ``place``: whether their values are equal once those of
+        one are rounded to the other's dtype. A weight that is stored quantised is not compared. The embedding is
         compared as the table ``[V, hidden]``."""
-        weight = _floats(self._stored(place))
+        weight = self._stored(place)
+        if isinstance(weight, PackedWeight):
+            return True
         step = _rows_at_a_time(weight)
-        return weight.shape == tensor.shape and all(
-            np.array_equal(
-                float_values(float_tensor(_rows(weight, at, step), tensor.dtype)), _rows(tensor, at, step)
-            )
-            for at in range(0, weight.shape[0], step)
-        )
+        for at in range(0, weight.shape[0], step):
+            self._pace()
+            own, other = _rows(weight, at, step), _rows(tensor, at, step)
+            if not (
+                np.array_equal(float_values(float_tensor(own, tensor.dtype)), other)
+                or np.array_equal(float_values(float_tensor(other, weight.dtype)), own)
+            ):
+                return False
+        return True
 
     def _squares(self, place: str, change: LowRank) -> Iterator[Floats]:
         """Yield the sums of squares of rows of the changed weight; for the embedding, of its columns, piece by

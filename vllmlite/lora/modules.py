@@ -78,6 +78,8 @@ class Modules:
         ]
         for name, source in sources(spec).items():
             place, key = name.removesuffix(".weight"), source.key.removesuffix(".weight")
+            if len(source.stored) == 3:
+                continue  # all experts of a layer in one tensor, which is no module: see StackedExperts
             if place in changeable:
                 parts.setdefault(key, []).append((place, source))
             elif len(source.stored) == 2:
@@ -161,6 +163,15 @@ class StackedExperts:
     count: int
     hidden: int
     inner: int
+    interleaved: bool
+    """Whether rows of gate and up projections take turns; otherwise all those of the gate come first."""
+
+    @property
+    def gate_up(self) -> dict[str, slice]:
+        """The rows of the gate and of the up projection in the parameter that holds both."""
+        if self.interleaved:
+            return {"gate": slice(0, None, 2), "up": slice(1, None, 2)}
+        return {"gate": slice(self.inner), "up": slice(self.inner, None)}
 
     def parameter(self, rows_of_a: int, columns_of_a: int, rows_of_b: int) -> str | None:
         """Return the name of the parameter that factors of these shapes change; None: they fit none."""
@@ -173,8 +184,8 @@ class StackedExperts:
 
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
-"""The parameters of :class:`StackedExperts`: ``[experts, 2 * inner, hidden]``, gate first, and ``[experts, hidden,
-inner]``."""
+"""The parameters of :class:`StackedExperts`: ``[experts, 2 * inner, hidden]`` and ``[experts, hidden, inner]``, or with
+rows and columns exchanged."""
 
 
 def _stacked(spec: DecoderSpec) -> dict[str, StackedExperts]:
@@ -182,7 +193,11 @@ def _stacked(spec: DecoderSpec) -> dict[str, StackedExperts]:
     prefix = f"{spec.keys.prefix}{spec.keys.layer}"
     return {
         f"{prefix}{index}.{spec.keys.expert.removesuffix('.')}": StackedExperts(
-            index, layer.moe.num_experts, spec.hidden_size, layer.moe.intermediate_size
+            index,
+            layer.moe.num_experts,
+            spec.hidden_size,
+            layer.moe.intermediate_size,
+            spec.keys.interleaved_experts is not None,
         )
         for index, layer in enumerate(spec.layers)
         if layer.moe is not None

@@ -159,7 +159,11 @@ class AdapterReader:
                 f"{what}: has a base_layer.weight, which only embeddings and output layers may have"
             )
         self._check_vocabulary(where, own, own.base)
-        if not self._base.equal(place, own.base):
+        if own.base.dtype not in FLOAT_DTYPES:
+            raise ModelError(
+                f"{what}: its base_layer.weight is of {own.base.dtype}; accepted: {', '.join(FLOAT_DTYPES)}"
+            )
+        if not self._base.may_equal(place, own.base):
             raise ModelError(
                 f"{what}: its base_layer.weight differs from the base model's weight: the adapter was trained on "
                 "another base model, or on a changed one; merge it into that"
@@ -227,11 +231,7 @@ class AdapterReader:
         out, inner = (2 * experts.inner, experts.hidden) if gate_up else (experts.hidden, experts.inner)
         whole = Module(out, inner, ())
         a, b = self._factors(where, own, whole, rank, experts.count)
-        parts = (
-            {"gate": slice(0, experts.inner), "up": slice(experts.inner, out)}
-            if gate_up
-            else {"down": slice(out)}
-        )
+        parts = experts.gate_up if gate_up else {"down": slice(None)}
         found = {}
         for expert in range(experts.count):
             own_a = rows_of(a, slice(expert * rank, (expert + 1) * rank))

@@ -89,7 +89,10 @@ def place_parts(spec: DecoderSpec) -> Mapping[str, PlacePart]:
             continue
         assert source is not None
         of = whole[f"{whole_name}.weight"]
-        columns = None if source.columns == of.columns else source.columns
+        columns = None
+        if source.columns is not None and source.columns != of.columns:
+            begin = of.columns[0] if of.columns is not None else 0
+            columns = source.columns[0] - begin, source.columns[1] - begin
         parts[whole_name] = PlacePart(name, _within(source, of), columns)
     return parts
 
@@ -104,8 +107,10 @@ def _within(source: Source, whole: Source) -> tuple[Span, ...] | None:
         for begin, end in spans:
             low, high = max(first, begin), min(last, end)
             if low < high:
-                found.append((before + low - begin, before + high - begin))
-            before += end - begin
+                found.append(
+                    (before + -(-(low - begin) // whole.step), before + -(-(high - begin) // whole.step))
+                )
+            before += -(-(end - begin) // whole.step)
     return tuple(found)
 
 
