@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import TINY, write_checkpoint
+from drafting import let_drafts_pay
+from eagle_heads import Shape, write_head
 from gguf_files import contents, encode
-from native import HAS_NATIVE_CPU
+from native import HAS_NATIVE_CPU, needs_native_cpu
 from peft_files import Factors, merge_factors, random_factors, write_peft
 
 from vllmlite import LLM, AsyncLLM, SamplingParams
@@ -94,6 +96,30 @@ def test_an_adapter_equals_its_merged_checkpoint(
     assert ids(llm.generate(PROMPTS, GREEDY, lora_request=two, use_tqdm=False)) == wanted["two"]
     assert ids(llm.generate(PROMPTS, GREEDY, use_tqdm=False)) == wanted[""]
     assert llm.llm_engine.list_loras() == {1, 2}
+
+
+@needs_native_cpu
+@pytest.mark.parametrize("method", ["draft_model", "eagle3"])
+def test_drafts_do_not_change_the_text_of_adapters(
+    path: Path, wanted: dict[str, list[list[int]]], tmp_path: Path, method: str
+) -> None:
+    """Drafts are made without the adapters, which cost acceptance only; prefixes are cached for each adapter."""
+    drafts: dict[str, Any] = {"method": method, "num_speculative_tokens": 3}
+    if method == "draft_model":
+        drafts["model"] = str(path / "base")
+    if method == "eagle3":
+        write_head(tmp_path, method, Shape(TINY["vocab_size"], HIDDEN, TINY["num_hidden_layers"]))
+        drafts["model"] = str(tmp_path)
+    llm = LLM(
+        str(path / "base"), enable_lora=True, speculative_config=drafts, block_size=4, enable_prefix_caching=True,
+        **OPTIONS,
+    )  # fmt: skip
+    let_drafts_pay(llm)
+    one, two = adapter(path, "one"), adapter(path, "two")
+    for _ in range(2):
+        mixed = llm.generate([*PROMPTS, *PROMPTS], GREEDY, lora_request=[one, two, None, one], use_tqdm=False)
+        assert ids(mixed) == [wanted["one"][0], wanted["two"][1], wanted[""][0], wanted["one"][1]]
+    assert llm.llm_engine.stats().num_draft_tokens
 
 
 def test_embeddings_use_the_adapter(path: Path, llm: LLM) -> None:

@@ -45,7 +45,7 @@ METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
         "suffix_decoding_max_tree_depth", "suffix_decoding_max_cached_requests", "suffix_decoding_max_spec_factor",
         "suffix_decoding_min_token_prob", "max_model_len",
     ),
-    "draft_model": ("revision", "quantization", "max_model_len", "draft_sample_method"),
+    "draft_model": ("revision", "quantization", "kv_cache_dtype", "max_model_len", "draft_sample_method"),
     **dict.fromkeys(WITH_STATES, ("revision", "max_model_len", "draft_sample_method")),
     "medusa": ("revision",),
 }  # fmt: skip
@@ -72,7 +72,10 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "disable_padded_drafter_batch": (None, False, True), "rejection_sample_method": (None, "standard", "strict"),
     "draft_sample_method": (None, "greedy"), "acceptance_method": (None, "rejection_sampler"),
     "use_heterogeneous_vocab": (None, False),
-    "synthetic_acceptance_rate": (None,), "attention_backend": (None,), "moe_backend": (None, "auto"),
+    "synthetic_acceptance_rate": (None,), "synthetic_acceptance_rates": (None,), "synthetic_acceptance_length": (None,),
+    "attention_backend": (None,), "moe_backend": (None, "auto"), "index_share_for_mtp_iteration": (None, False),
+    "disable_eagle_block_drop": (None, False), "use_local_argmax_reduction": (None, False, True),
+    "enable_adaptive_verification": (None, False), "dspark_draft_topk": (None,),
 }  # fmt: skip
 """Other keys of vLLM, each with the values that have no effect."""
 
@@ -90,6 +93,10 @@ class DraftCheckpoint:
     """Method by which its float weights are quantised at load; None: they are not."""
     max_model_len: int | None
     """Sequences longer than this get no drafts; None: as long as the checkpoint allows."""
+    kv_cache_dtype: str = "auto"
+    """Dtype of a draft model's key/value cache; ``auto``: what the checkpoint is made for."""
+    whole: bool = False
+    """Whether each rank computes all of a draft model; otherwise it is divided among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +163,12 @@ def speculative(options: Mapping[str, Any], ranks: int = 1) -> Speculative | Non
         neutral = NEUTRAL.get(key, (None,))
         if key == "draft_tensor_parallel_size":
             neutral = (*neutral, ranks)
+        supported = any(key in keys for keys in METHOD_KEYS.values())
+        if key not in used and value not in neutral and not supported:
+            names = " or ".join(dict.fromkeys(str(each) for each in neutral if each is not None))
+            raise ParameterError(
+                f"{FIELD}.{key}", value, f"must be {names}" if names else "is not supported: leave it out"
+            )
         if key not in used and value not in neutral:
             raise ParameterError(f"{FIELD}.{key}", value, f"has no effect on {method} drafts: leave it out")
     tokens = _integer(options, "num_speculative_tokens", MOST_TOKENS)
@@ -207,12 +220,18 @@ def _method(options: Mapping[str, Any]) -> str:
 
 def _draft_checkpoint(method: str, options: Mapping[str, Any]) -> DraftCheckpoint:
     """Return the checkpoint that ``options`` name. Raises ParameterError."""
-    for key in ("revision", "quantization"):
+    for key in ("revision", "quantization", "kv_cache_dtype"):
         if not isinstance(options.get(key), str | None):
             raise ParameterError(f"{FIELD}.{key}", options[key], "must be a string")
     longest = _integer(options, "max_model_len", 2**31 - 1)
     return DraftCheckpoint(
-        method, options.get("model"), options.get("revision"), options.get("quantization"), longest
+        method,
+        options.get("model"),
+        options.get("revision"),
+        options.get("quantization"),
+        longest,
+        options.get("kv_cache_dtype") or "auto",
+        options.get("draft_tensor_parallel_size") == 1,
     )
 
 

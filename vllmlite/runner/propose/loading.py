@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from vllmlite.backends.kv_cache import KVSpec
-from vllmlite.config.engine_config import EngineConfig
+from vllmlite.config.engine_config import KV_DTYPE_SYNONYMS, KV_DTYPES, EngineConfig
 from vllmlite.config.speculative import EAGLE, FIELD, MTP, DraftCheckpoint
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
@@ -37,12 +37,19 @@ def _plan(config: EngineConfig, draft: DraftCheckpoint) -> Plan:
     contradict the model."""
     plan = plan_model(_find(config, draft), config.model_impl)
     check_quantization(plan, draft.quantization, f"{FIELD}.quantization")
+    dtype, accepted = _cache_dtype(draft), ("auto", *KV_DTYPES)
+    if dtype not in accepted:
+        raise ParameterError(f"{FIELD}.kv_cache_dtype", dtype, f"must be {' or '.join(accepted)}")
     longest = plan.max_position_embeddings
     if draft.max_model_len is not None and draft.max_model_len > longest:
         raise ParameterError(
             f"{FIELD}.max_model_len", draft.max_model_len, f"must be at most the draft model's {longest}"
         )
     return plan
+
+
+def _cache_dtype(draft: DraftCheckpoint) -> str:
+    return KV_DTYPE_SYNONYMS.get(draft.kv_cache_dtype, draft.kv_cache_dtype)
 
 
 def check_vocabulary(config: EngineConfig, draft: DraftCheckpoint, tokenizer: Tokenizer) -> None:
@@ -109,7 +116,7 @@ def load_drafter(
             draft.model,
             f"{plan.architecture} runs on {', '.join(plan.backends)} only, but the model on {backend.name}",
         )
-    if plan.spec is not None:
+    if plan.spec is not None and not draft.whole:
         plan = replace(plan, spec=sharded(plan.spec, rank, world))
     drafted = min(longest, draft.max_model_len or plan.max_position_embeddings)
     at_load = draft.quantization if plan.quantization is None else None
@@ -119,7 +126,7 @@ def load_drafter(
         max_model_len=drafted,
         num_positions=drafted,
         block_size=config.block_size,
-        kv_cache_dtype="auto",
+        kv_cache_dtype=_cache_dtype(draft),
         load_format="dummy" if config.load_format == "dummy" else "auto",
         seed=config.seed,
         packing=Packing(backend, at_load, config.dtype == "auto"),
@@ -191,5 +198,6 @@ def _load_heads(
 
 def _find(config: EngineConfig, draft: DraftCheckpoint) -> Path:
     if draft.model is None:
-        return find_model(config.model, revision=config.revision, download_dir=config.download_dir)
+        revision = draft.revision or config.revision
+        return find_model(config.model, revision=revision, download_dir=config.download_dir)
     return find_model(draft.model, revision=draft.revision, download_dir=config.download_dir)
