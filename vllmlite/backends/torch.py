@@ -239,8 +239,11 @@ class TorchBackend(Backend):
             kv.release()
 
     def restore(self, caches: Sequence[TorchKV]) -> None:
-        for kv in caches:
-            kv.restore()
+        try:
+            for kv in caches:
+                kv.restore()
+        except RuntimeError as error:
+            raise BackendError(f"the key/value cache does not fit into memory: {error}") from error
 
     # Slots
 

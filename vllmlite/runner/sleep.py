@@ -35,18 +35,20 @@ class ModelRunnerMemory:
     def release(self, level: int) -> None:
         """Free the memory. At ``level`` 1 the backend keeps the weights in host memory; at level 2 the runner is
         dropped, with its model, graphs and backend."""
-        assert self._runner is not None
-        backend = self._runner.backend
-        before = backend.memory().free
         if level == 1:
+            assert self._runner is not None
             self._released = True
             self._runner.release()
         else:
             self._runner, self._released = None, False
             self._drop()
         _free_garbage()
-        freed = max(backend.memory().free - before, 0)
-        logger.info("asleep at level %d: %d MiB more are free", level, freed >> 20)
+        freed = (
+            "the key/value cache is freed, weights are in host memory"
+            if level == 1
+            else "the model is unloaded"
+        )
+        logger.info("the engine sleeps at level %d: %s", level, freed)
 
     def restore(self) -> ModelRunner:
         """Allocate the memory again, or build a new runner. Raises VllmliteError if there is too little memory, or if
