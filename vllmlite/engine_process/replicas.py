@@ -20,7 +20,7 @@ from vllmlite.outputs import EngineStats
 from vllmlite.sampling_params import SamplingParams
 
 FROM_FIRST = ("block_size", "max_adapters", "backend", "device", "dtype", "sleep_level")
-"""Fields of :class:`EngineStats` that are equal in all replicas, or that the first replica stands for."""
+"""Fields of :class:`EngineStats` that are equal in all replicas, or that are taken from the first one."""
 
 NAMES = ("running_adapters", "waiting_adapters")
 """Fields of :class:`EngineStats` that hold names; those of all replicas are merged."""

@@ -69,7 +69,7 @@ class CachedProposer(Proposer, Generic[SequenceT]):
         self._sequences: dict[int, SequenceT] = {}
 
     def forget_cached(self) -> None:
-        """See :class:`~vllmlite.runner.propose.proposer.Proposer`."""
+        """Forget the contents of the proposer's cache, which are lost. Called while no sequence has a slot."""
         self._marks.clear()
 
     def admit(self, slot: int, token_ids: list[int], num_prompt: int) -> None:
