@@ -228,7 +228,7 @@ class CpuBackend(NativeBackend):
             self._runtime.flush()
             kv.copy(blocks, places, memory, to_host)
 
-        return SynchronousHostBlocks(copy, num_places, self.kv_bytes_per_block(spec))
+        return SynchronousHostBlocks(copy, num_places, self.kv_bytes_per_block(spec), self.comm.sharing)
 
     def release(self, caches: Sequence[Any]) -> None:
         self._runtime.release(list(caches))

@@ -61,9 +61,10 @@ def mapped(fd: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 class SynchronousHostBlocks(HostBlocks):
     """Host memory for blocks whose copies are finished when a call returns."""
 
-    def __init__(self, copy: Copy, num_places: int, block_bytes: int) -> None:
-        """Allocate ``num_places`` places. BackendError if main memory is too small."""
-        needed, free = num_places * block_bytes, host_memory().free
+    def __init__(self, copy: Copy, num_places: int, block_bytes: int, ranks: int) -> None:
+        """Allocate ``num_places`` places, as each of ``ranks`` on this host does. BackendError if main memory is too
+        small."""
+        needed, free = num_places * block_bytes, host_memory(ranks).free
         if needed > free:
             raise BackendError(f"{num_places} blocks in host memory take {needed} bytes; {free} are free")
         self.memory = np.empty((num_places, block_bytes), np.uint8)

@@ -230,7 +230,7 @@ class TorchBackend(Backend):
         target.blocks[:, written] = source.blocks[:, read]
 
     def host_blocks(self, kv: TorchKV, spec: KVSpec, num_places: int) -> HostBlocks:
-        return SynchronousHostBlocks(kv.copy, num_places, self.kv_bytes_per_block(spec))
+        return SynchronousHostBlocks(kv.copy, num_places, self.kv_bytes_per_block(spec), self.comm.sharing)
 
     def release(self, caches: Sequence[TorchKV]) -> None:
         if self._device.type != "cpu":

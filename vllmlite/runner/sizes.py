@@ -113,9 +113,9 @@ def num_host_places(config: EngineConfig, backend: Backend, model: Model) -> int
     if config.keeps_block_files():
         wanted = max(wanted, STAGING_BYTES // ranks, STAGED_BLOCKS * block_bytes)
     places = wanted // block_bytes
-    if wanted and not places:
+    if config.host_tier_bytes() and not places:
         raise ParameterError(
-            "swap_space", config.swap_space, f"must be enough for a block of {block_bytes} bytes"
+            "swap_space", config.swap_space, f"must be enough for a block of {block_bytes * ranks} bytes"
         )
     return places
 
