@@ -14,11 +14,11 @@ namespace {
 
 constexpr std::int64_t kPiece = 4096;  // elements that make one task
 
-// Issues `copy(begin, end)` for pieces of [0, count), then the exchange, then `read(begin, end)` for pieces of
-// [0, reads).
+// Issues `copy(begin, end)` for pieces of [0, count) elements of `item` bytes, then the exchange, then
+// `read(begin, end)` for pieces of [0, reads).
 template <typename Copy, typename Read>
-void issue_exchange(Runtime& runtime, const std::shared_ptr<Exchange>& exchange, std::int64_t count, Copy copy,
-                    std::int64_t reads, Read read) {
+void issue_exchange(Runtime& runtime, const std::shared_ptr<Exchange>& exchange, std::int64_t count, std::size_t item,
+                    Copy copy, std::int64_t reads, Read read) {
   const auto in_pieces = [&runtime](std::int64_t size, auto body) {
     runtime.issue([size, body](Worker& worker) {
       for (std::int64_t at; (at = worker.take() * kPiece) < size;) body(at, std::min(at + kPiece, size));
@@ -26,8 +26,8 @@ void issue_exchange(Runtime& runtime, const std::shared_ptr<Exchange>& exchange,
   };
   runtime.keep(exchange);
   in_pieces(count, copy);
-  runtime.issue([&exchange = *exchange](Worker& worker) {
-    if (worker.take() == 0) exchange.arrive();
+  runtime.issue([&exchange = *exchange, size = static_cast<std::size_t>(count) * item](Worker& worker) {
+    if (worker.take() == 0) exchange.arrive(size);
   });
   in_pieces(reads, read);
 }
@@ -62,7 +62,7 @@ Tensor all_reduce(Runtime& runtime, const Tensor& x, const std::shared_ptr<Excha
     const float* from = static_cast<const float*>(x.data) + at;
     float* to = static_cast<float*>(out.data) + at;
     issue_exchange(
-        runtime, exchange, count,
+        runtime, exchange, count, sizeof(float),
         [&exchange = *exchange, from](std::int64_t begin, std::int64_t end) {
           std::memcpy(exchange.own() + static_cast<std::size_t>(begin) * sizeof(float), from + begin,
                       static_cast<std::size_t>(end - begin) * sizeof(float));
@@ -108,7 +108,8 @@ Tensor all_gather(Runtime& runtime, const Tensor& x, const std::vector<std::int6
         }
       }
     };
-    issue_exchange(runtime, exchange, count, copy, std::min(rows * widest - at, most), read);
+    issue_exchange(runtime, exchange, count, static_cast<std::size_t>(item), copy, std::min(rows * widest - at, most),
+                   read);
   }
   return out;
 }

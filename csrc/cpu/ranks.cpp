@@ -31,8 +31,6 @@ std::int64_t now() {
       .count();
 }
 
-std::uint32_t milliseconds() { return static_cast<std::uint32_t>(now() / 1'000'000); }
-
 #if defined(__linux__)
 long futex(std::atomic<std::uint32_t>& word, int operation, std::uint32_t value, const timespec* time) {
   static_assert(sizeof word == sizeof(std::uint32_t));
@@ -70,28 +68,19 @@ void Counter::advance() {
   if (sleepers.load() != 0) wake_all(value);
 }
 
-struct Ranks::Header {
-  struct alignas(64) Rank {
-    std::array<Counter, kChannels> arrived;
-    std::atomic<std::uint32_t> seen_alive{0};  // in milliseconds, and odd
-  };
-
-  std::atomic<std::uint32_t> aborted{0};
-  std::atomic<int> late{0};  // the late rank + 1
-  std::array<Rank, kMostRanks> ranks{};
-  Ring steps, results;
-  std::array<Ring, kMostRanks> onward;  // of each rank to the one after it in the pipeline
-};
+std::uint32_t Ranks::milliseconds() { return static_cast<std::uint32_t>(now() / 1'000'000); }
 
 std::size_t Ranks::bytes(int world) {
   return sizeof(Header) + static_cast<std::size_t>(kChannels * world) * 2 * kExchangeBytes;
 }
 
-Ranks::Ranks(int fd, int rank, int world) : rank_(rank), world_(world) {
+Ranks::Ranks(int fd, int rank, int world, int first, int local)
+    : rank_(rank), world_(world), first_(first), last_(local < 0 ? world : first + local) {
   static_assert(std::atomic<std::size_t>::is_always_lock_free && std::atomic<std::uint32_t>::is_always_lock_free);
   if (world < 1 || world > kMostRanks)
     throw std::runtime_error("there are 1 to " + std::to_string(kMostRanks) + " ranks");
   if (rank < kDriver || rank >= world) throw std::runtime_error("there is no rank " + std::to_string(rank));
+  if (first < 0 || last_ <= first || last_ > world) throw std::runtime_error("there are no such local ranks");
   void* memory = mmap(nullptr, bytes(world), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   if (memory == MAP_FAILED) throw std::runtime_error(std::string("shared memory of the ranks: ") + strerror(errno));
   header_ = static_cast<Header*>(memory);  // zeros are a valid header: all of it is atomics and bytes
@@ -132,13 +121,19 @@ bool Ranks::wait(Counter& counter, Done done, double seconds, bool interruptible
   return is_done;
 }
 
-bool Ranks::write(Ring& ring, int readers, const std::byte* data, std::size_t size) {
+void Ranks::wait_for_bell(std::uint32_t seen, double seconds) {
+  Counter& bell = header_->bell;
+  wait(bell, [&] { return bell.value.load() != seen; }, seconds, false);
+}
+
+// Writes to the ring that ranks `first` up to `last` read.
+bool Ranks::write(Ring& ring, int first, int last, const std::byte* data, std::size_t size) {
   std::size_t end = ring.end.load(std::memory_order_relaxed);
   while (size > 0) {
     std::size_t room = 0;
     const auto has_room = [&] {
       room = Ring::kBytes;
-      for (int reader = 0; reader < readers; ++reader) {
+      for (int reader = first; reader < last; ++reader) {
         const auto& position = ring.readers[static_cast<std::size_t>(reader)].at;
         room = std::min(room, Ring::kBytes - (end - position.load(std::memory_order_acquire)));
       }
@@ -153,6 +148,7 @@ bool Ranks::write(Ring& ring, int readers, const std::byte* data, std::size_t si
     size -= count;
     ring.end.store(end, std::memory_order_release);
     ring.written.advance();
+    header_->ring_bell();
   }
   return true;
 }
@@ -172,18 +168,19 @@ bool Ranks::read(Ring& ring, int reader, std::byte* data, std::size_t size) {
     size -= count;
     position.store(at, std::memory_order_release);
     ring.consumed.advance();
+    header_->ring_bell();
   }
   return true;
 }
 
 bool Ranks::send(std::string_view message) {
   Ring& ring = rank_ == kDriver ? header_->steps : header_->results;
-  const int readers = rank_ == kDriver ? world_ : 1;
+  const int first = rank_ == kDriver ? first_ : 0, last = rank_ == kDriver ? last_ : 1;
   const std::uint64_t size = message.size();
   std::byte length[sizeof size];
   std::memcpy(length, &size, sizeof size);
-  return write(ring, readers, length, sizeof length) &&
-         write(ring, readers, reinterpret_cast<const std::byte*>(message.data()), message.size());
+  return write(ring, first, last, length, sizeof length) &&
+         write(ring, first, last, reinterpret_cast<const std::byte*>(message.data()), message.size());
 }
 
 std::optional<std::string> Ranks::receive(double seconds) {
@@ -202,18 +199,18 @@ std::optional<std::string> Ranks::receive(double seconds) {
 }
 
 bool Ranks::pass_on(const std::byte* data, std::size_t size) {
-  return write(header_->onward[static_cast<std::size_t>(rank_)], 1, data, size);
+  return write(header_->onward_from(rank_), 0, 1, data, size);
 }
 
 bool Ranks::take_over(int from, std::byte* data, std::size_t size) {
-  return read(header_->onward[static_cast<std::size_t>(from)], 0, data, size);
+  return read(header_->onward_from(from), 0, data, size);
 }
 
 void Ranks::abort() {
   header_->aborted.store(1);
   for (int rank = 0; rank < world_; ++rank) {
-    for (Counter& arrived : header_->ranks[static_cast<std::size_t>(rank)].arrived) arrived.advance();
-    Ring& ring = header_->onward[static_cast<std::size_t>(rank)];
+    for (Counter& arrived : header_->at(rank).arrived) arrived.advance();
+    Ring& ring = header_->onward_from(rank);
     ring.written.advance();
     ring.consumed.advance();
   }
@@ -221,12 +218,13 @@ void Ranks::abort() {
     ring->written.advance();
     ring->consumed.advance();
   }
+  header_->bell.advance();
 }
 
 bool Ranks::aborted() const { return header_->aborted.load() != 0; }
 
 void Ranks::start_heartbeat(int watched) {
-  std::atomic<std::uint32_t>& seen_alive = header_->ranks[static_cast<std::size_t>(rank_)].seen_alive;
+  std::atomic<std::uint32_t>& seen_alive = header_->at(rank_).seen_alive;
   seen_alive.store(milliseconds() | 1);
   heart_ = std::jthread([watched, &seen_alive](const std::stop_token& stop) {
     while (!stop.stop_requested()) {
@@ -238,7 +236,7 @@ void Ranks::start_heartbeat(int watched) {
 }
 
 double Ranks::silence(int rank) const {
-  const std::uint32_t last = header_->ranks[static_cast<std::size_t>(rank)].seen_alive.load();
+  const std::uint32_t last = header_->at(rank).seen_alive.load();
   const auto elapsed = static_cast<std::int32_t>(milliseconds() - last);
   return last == 0 ? -1 : std::max(elapsed, 0) * 1e-3;
 }
@@ -252,12 +250,13 @@ Exchange::Exchange(std::shared_ptr<Ranks> ranks, int first, int size, int channe
     throw std::invalid_argument("this rank takes no part in the exchange");
 }
 
-void Exchange::arrive() {
+void Exchange::arrive(std::size_t size) {
+  const auto channel = static_cast<std::size_t>(channel_);
+  ranks_->header_->at(ranks_->rank()).sizes[channel][count_ % 2].store(static_cast<std::uint32_t>(size));
   ++count_;
-  const auto of = [this](int rank) -> Counter& {
-    return ranks_->header_->ranks[static_cast<std::size_t>(first_ + rank)].arrived[static_cast<std::size_t>(channel_)];
-  };
+  const auto of = [this, channel](int rank) -> Counter& { return ranks_->header_->at(first_ + rank).arrived[channel]; };
   of(rank()).advance();
+  ranks_->header_->ring_bell();
   for (int rank = 0; rank < size_; ++rank) {
     Counter& counter = of(rank);
     const auto has_arrived = [&] { return reached(counter.value, count_); };

@@ -47,9 +47,10 @@ class Ranks {
  public:
   static constexpr int kDriver = -1;
 
-  // Maps the memory behind descriptor `fd`, of which the first process to come sees zeros. `rank` may be kDriver.
+  // Maps the memory behind descriptor `fd`, of which the first process to come sees zeros. `rank` may be kDriver. Of
+  // the `world` ranks, `local` from `first` on run on this host and read the driver's messages (negative: all of them).
   // Throws std::runtime_error if it cannot be mapped.
-  Ranks(int fd, int rank, int world);
+  Ranks(int fd, int rank, int world, int first = 0, int local = -1);
   ~Ranks();
   Ranks(const Ranks&) = delete;
   Ranks& operator=(const Ranks&) = delete;
@@ -74,7 +75,7 @@ class Ranks {
   bool aborted() const;
 
   // Starts a thread that shows every half second that this process runs, and ends the process at once when the other
-  // end of the socket `watched` is closed.
+  // end of the socket `watched` is closed (negative: there is none).
   void start_heartbeat(int watched);
   // Seconds since the last sign of life of each rank; negative: none yet.
   double silence(int rank) const;
@@ -86,15 +87,42 @@ class Ranks {
 
  private:
   friend class Exchange;
-  struct Header;
+  friend class Link;
+
+  struct Header {
+    struct alignas(64) Rank {
+      std::array<Counter, kChannels> arrived;
+      std::array<std::array<std::atomic<std::uint32_t>, 2>, kChannels> sizes{};  // bytes of the last two parts
+      std::atomic<std::uint32_t> seen_alive{0};                                  // in milliseconds, and odd
+    };
+
+    std::atomic<std::uint32_t> aborted{0};
+    std::atomic<int> late{0};                 // the late rank + 1
+    std::atomic<std::uint32_t> is_linked{0};  // there are links to other hosts, which wait for the bell
+    Counter bell;                             // advances after every change that a link passes on
+    std::array<Rank, kMostRanks> ranks{};
+    Ring steps, results;
+    std::array<Ring, kMostRanks> onward;  // of each rank to the one after it in the pipeline
+
+    Rank& at(int rank) { return ranks[static_cast<std::size_t>(rank)]; }
+    Ring& onward_from(int rank) { return onward[static_cast<std::size_t>(rank)]; }
+    void ring_bell() {
+      if (is_linked.load(std::memory_order_relaxed) != 0) bell.advance();
+    }
+  };
+
+  // The time, for signs of life.
+  static std::uint32_t milliseconds();
+  // Waits until the bell's count is not `seen` any more, for at most `seconds`.
+  void wait_for_bell(std::uint32_t seen, double seconds);
 
   template <typename Done>
   bool wait(Counter& counter, Done done, double seconds, bool interruptible);
-  bool write(Ring& ring, int readers, const std::byte* data, std::size_t size);
+  bool write(Ring& ring, int first, int last, const std::byte* data, std::size_t size);
   bool read(Ring& ring, int reader, std::byte* data, std::size_t size);
   std::byte* part(int channel, int rank, std::uint32_t exchange) const;
 
-  int rank_, world_;
+  int rank_, world_, first_, last_;
   double limit_ = 60;
   Header* header_ = nullptr;
   std::byte* parts_ = nullptr;
@@ -114,9 +142,9 @@ class Exchange {
   std::byte* own() const { return ranks_->part(channel_, ranks_->rank(), count_); }
   const std::byte* part(int rank) const { return ranks_->part(channel_, first_ + rank, count_ - 1); }
 
-  // Publishes this rank's part and waits for the others'. Returns early, with undefined contents, if the ranks are
-  // aborted.
-  void arrive();
+  // Publishes this rank's part, of `size` bytes, and waits for the others'. Returns early, with undefined contents, if
+  // the ranks are aborted.
+  void arrive(std::size_t size);
 
  private:
   std::shared_ptr<Ranks> ranks_;
