@@ -22,6 +22,7 @@ from vllmlite import LLM, SamplingParams
 from vllmlite.backends.native import load_extension
 from vllmlite.errors import BackendError, EngineDeadError
 from vllmlite.ranks import group
+from vllmlite.ranks.layout import Layout
 from vllmlite.runner.build import WAITING
 from vllmlite.subprogram import start_python
 
@@ -79,7 +80,7 @@ def test_a_rank_that_does_not_start_is_named(
     monkeypatch.setattr(group, "PROGRAM", program)
     monkeypatch.setattr(group, "START_SECONDS", 0.3)
     setup: Any = None  # is not read by these programs
-    ranks = group.RankGroup([setup, setup])
+    ranks = group.RankGroup([setup, setup], Layout(2, 2))
     with pytest.raises(BackendError, match=message):
         ranks.wait_until_ready()
     assert all(process.poll() is not None for process in ranks.processes)
@@ -116,7 +117,7 @@ def test_a_rank_that_stops_loading_is_named_and_not_those_that_wait_for_it(
     monkeypatch.setattr(group, "PROGRAM", STALLED.replace("WAITING", repr(WAITING)))
     monkeypatch.setattr(group, "STALLED_SECONDS", 1.0)
     setup: Any = None  # is not read by this program
-    ranks = group.RankGroup([setup, setup])
+    ranks = group.RankGroup([setup, setup], Layout(2, 2))
     with pytest.raises(BackendError, match=r"rank 1 of 2 .*: loading the weights; .* neither computed nor"):
         ranks.wait_until_ready()
 

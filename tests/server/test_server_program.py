@@ -310,7 +310,8 @@ def test_a_key_in_the_environment_and_paths_without_a_line() -> None:
         (["--api-key-file", "/nowhere"], 1, "api_key_file='/nowhere': cannot be read"),
         (["--chat-template", "/nowhere"], 1, "neither a template, nor the name of one, nor a readable file"),
         (["--middleware", "vllmlite.nothing.Here"], 1, "cannot be imported"),
-        (["--nnodes", "2"], 2, "one host"),
+        (["--nnodes", "2"], 2, "nnodes=2: must divide"),
+        (["--headless"], 1, "node_rank=0: node 0 has the engine and is not headless"),
     ],
 )
 def test_bad_options_are_refused_by_name(

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         if getattr(args, name) is not None and not args.chat:
             parser.error(f"--{name.replace('_', '-')} needs --chat")
     config = session.engine_config(args, parser)
+    session.print_on_first_rank(config)
     adapter = None
     if args.lora is not None:
         config, adapter = replace(config, enable_lora=True), LoRARequest(args.lora, 1, args.lora)

@@ -35,6 +35,11 @@ def run(args: argparse.Namespace, parser: OptionParser) -> int:
         engine, server = configurations(args)
     except ParameterError as error:
         parser.error(str(error))
+    if server.headless:
+        from vllmlite.ranks.node import serve_node
+
+        serve_node(engine)
+        return 0
     # Spinning OpenMP threads make a step tens of times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:

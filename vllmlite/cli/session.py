@@ -14,6 +14,7 @@ from vllmlite.chat.sources import read_template
 from vllmlite.config.arguments import add_engine_arguments
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.errors import ParameterError, VllmliteError, not_installed
+from vllmlite.ranks.launcher import placement
 from vllmlite.sampling_params import RequestOutputKind, SamplingParams
 from vllmlite.terminal import is_terminal
 
@@ -48,6 +49,13 @@ def engine_config(args: argparse.Namespace, parser: OptionParser) -> EngineConfi
         return EngineConfig.from_namespace(args)
     except ParameterError as e:
         parser.error(str(e))
+
+
+def print_on_first_rank(config: EngineConfig) -> None:
+    """Print nothing from now on if this process is another rank than 0 that a launcher has started: rank 0 prints the
+    same."""
+    if config.distributed_executor_backend == "external_launcher" and placement(os.environ).rank > 0:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (until the process ends)
 
 
 def start(config: EngineConfig, verbose: bool) -> Session:

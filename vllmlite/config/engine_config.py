@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from vllmlite.config.nodes import check_nodes
 from vllmlite.config.options import (
     check_fields,
     did_you_mean,
@@ -281,9 +282,45 @@ class EngineConfig:
     )
     distributed_executor_backend: str | None = _option(
         None,
-        "where ranks run; mp: in processes on this host, the default; uni: in this process, so there can be one rank",
+        "where ranks run; mp: in processes that the engine starts, the default; external_launcher: in the processes "
+        "that torchrun, mpirun or srun has started, each of which runs the same program; uni: in this process, so "
+        "there can be one rank",
         group="several devices",
-        choices=("mp", "uni"),
+        choices=("mp", "uni", "external_launcher"),
+    )
+    nnodes: int = _option(
+        1,
+        "number of hosts (nodes) among which the ranks are divided; the engine runs on node 0, the others run "
+        "`vllmlite serve --headless` with the same options and their node-rank",
+        group="several devices",
+        low=1,
+        high=MOST_RANKS,
+    )
+    node_rank: int = _option(
+        0, "number of this node, from 0", group="several devices", low=0, high=MOST_RANKS
+    )
+    master_addr: str | None = _option(
+        None,
+        "address at which node 0 listens until all nodes have joined; default: 127.0.0.1, or the launcher's",
+        group="several devices",
+        metavar="ADDRESS",
+    )
+    master_port: int | None = _option(
+        None,
+        "port at which node 0 listens; default: 29501, or the launcher's",
+        group="several devices",
+        low=1,
+        high=65535,
+    )
+    ranks_secret_file: str | None = _option(
+        None,
+        "file with the secret by which nodes recognise each other, needed unless master-addr is this host's own; "
+        "default: the variable VLLMLITE_RANKS_SECRET",
+        group="several devices",
+        metavar="FILE",
+    )
+    distributed_timeout_seconds: int = _option(
+        60, "time in which all nodes must have joined", group="several devices", low=1
     )
     speculative_config: Mapping[str, Any] = mapping_option(
         'speculative decoding: guess tokens and verify several in a step: {"method": "ngram", '
@@ -364,6 +401,15 @@ class EngineConfig:
         self._check_drafts()
         self._check_tiers()
         self._check_ranks()
+        check_nodes(
+            self.num_ranks,
+            self.nnodes,
+            self.node_rank,
+            self.distributed_executor_backend,
+            self.data_parallel_size,
+            self.seed,
+            {name: getattr(self, name) for name in ("enable_lora", "kv_disk_path", "slot_save_path")},
+        )
         marks = self.reasoning_config
         if marks and (
             marks.keys() != {*REASONING_KEYS} or not all(isinstance(m, str) and m for m in marks.values())

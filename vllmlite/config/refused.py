@@ -48,9 +48,9 @@ _LEVELS = (0, 1, 2, 3)
 _EITHER = (False, True)
 
 _REASONS: Mapping[str, Mapping[str, tuple[Any, ...]]] = {
-    "an engine's ranks are processes of one host; for more start a server on each host": {
-        "nnodes": (1,), "node_rank": (0,), "prefill_context_parallel_size": (1,), "decode_context_parallel_size": (1,),
-        "enable_expert_parallel": (False,), "enable_eplb": (False,), "enable_dbo": (False,), "headless": (False,),
+    "ranks divide heads, MLPs and layers only: see tensor_parallel_size and pipeline_parallel_size": {
+        "prefill_context_parallel_size": (1,), "decode_context_parallel_size": (1,),
+        "enable_expert_parallel": (False,), "enable_eplb": (False,), "enable_dbo": (False,),
         "disable_custom_all_reduce": _EITHER,
     },
     "adapters are not sharded, and change the language model only: see enable_lora": {

@@ -18,13 +18,13 @@ SAMPLES, SAMPLE_BYTES = 64, 4096
 """Number and size of the samples that are read of larger files, whose sizes and modification times also count."""
 
 
-def fingerprint(weights: Path, *facts: object) -> bytes:
+def fingerprint(weights: Path, *facts: object, times: bool = True) -> bytes:
     """Return a digest of the checkpoint at ``weights``, a directory, a file, or one file of a split model, and of
-    ``facts``."""
+    ``facts``. Without ``times``, when files were changed does not count, so copies have the same digest."""
     total = sha256(repr(facts).encode())
     for path in sorted(_files(weights)) if weights.is_dir() else filter(Path.is_file, named_parts(weights)):
         found = path.stat()
-        changed = (found.st_mtime_ns, found.st_ctime_ns) if found.st_size > WHOLE_BYTES else ()
+        changed = (found.st_mtime_ns, found.st_ctime_ns) if times and found.st_size > WHOLE_BYTES else ()
         total.update(repr((path.name, found.st_size, changed)).encode())
         with path.open("rb") as file:
             if found.st_size <= WHOLE_BYTES:

@@ -16,6 +16,7 @@ from vllmlite.runner.startup import Started, load_tokenizer, start
 
 def start_thread(config: EngineConfig) -> Started[EngineClient]:
     """Start an engine in its own thread. Raises the same errors as :func:`start`."""
+    _refuse_launcher(config)
     started = start(config)
     bounds, stats = started.engine.bounds, replace(started.engine.stats)
     return started.with_engine(EngineClient(EngineThread(started), bounds, stats), started.tokenizer)
@@ -46,6 +47,7 @@ def start_replicas(config: EngineConfig) -> Started[ReplicaClient]:
 
 def _start_processes(config: EngineConfig, count: int) -> Started[list[EngineClient]]:
     """Start ``count`` equal engines, each in its own process."""
+    _refuse_launcher(config)
     processes: list[EngineProcess] = []
     clients: list[EngineClient] = []
     try:
@@ -63,3 +65,14 @@ def _start_processes(config: EngineConfig, count: int) -> Started[list[EngineCli
             process.kill()
         raise
     return started.with_engine(clients, tokenizer)
+
+
+def _refuse_launcher(config: EngineConfig) -> None:
+    """Raise ParameterError if ranks run the caller's program, to which requests come at different times."""
+    if config.distributed_executor_backend == "external_launcher":
+        raise ParameterError(
+            "distributed_executor_backend",
+            "external_launcher",
+            "is for LLM and `vllmlite generate`, where all ranks get the same requests: choose mp, with nnodes for "
+            "several hosts",
+        )

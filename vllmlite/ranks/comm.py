@@ -1,4 +1,4 @@
-"""Collective operations of the ranks of one host, through shared memory."""
+"""Collective operations of ranks, through shared memory; links keep it equal on several hosts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from vllmlite.errors import ParameterError
 class NativeComm:
     """The collectives of the cpu backend: ops of its runtime, which a recorded step contains."""
 
-    def __init__(self, native: Any, runtime: Any, ranks: Any, stages: int) -> None:
-        """``native`` is ``vllmlite._cpu``, ``ranks`` its ``Ranks``; each of the ``stages`` has equally many."""
+    def __init__(self, native: Any, runtime: Any, ranks: Any, stages: int, sharing: int) -> None:
+        """``native`` is ``vllmlite._cpu``, ``ranks`` its ``Ranks``; each of the ``stages`` has equally many.
+        ``sharing`` of them run on this host."""
         self._native, self._runtime, self._ranks = native, runtime, ranks
         self.world = ranks.world // stages
         first = ranks.rank // self.world * self.world
-        self.rank, self.sharing = ranks.rank - first, ranks.world
+        self.rank, self.sharing = ranks.rank - first, sharing
         self._exchange = native.Exchange(ranks, first, self.world)
         self._all = native.Exchange(ranks, 0, ranks.world, 1)
 
@@ -53,12 +54,11 @@ class NativeComm:
 class CopyingComm:
     """The collectives of another backend: copies to host memory, on which a :class:`NativeComm` works at once."""
 
-    def __init__(self, backend: Backend, native: Any, ranks: Any, stages: int) -> None:
-        """``native`` is the module ``vllmlite._cpu``, ``ranks`` an object of its class ``Ranks``. Each of the
-        ``stages`` of the pipeline has the same number of ranks."""
+    def __init__(self, backend: Backend, native: Any, ranks: Any, stages: int, sharing: int) -> None:
+        """See :class:`NativeComm`."""
         self._backend, self._native = backend, native
         self._runtime = native.Runtime("auto", [[]], "float32")
-        self._comm = NativeComm(native, self._runtime, ranks, stages)
+        self._comm = NativeComm(native, self._runtime, ranks, stages, sharing)
         self.rank, self.world, self.sharing = self._comm.rank, self._comm.world, self._comm.sharing
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -92,9 +92,10 @@ class CopyingComm:
         return self._backend.tensor(self._runtime.to_host(tensor), dtype)
 
 
-def connect(backend: Backend, ranks: Any, stages: int = 1) -> Comm:
+def connect(backend: Backend, ranks: Any, stages: int = 1, sharing: int | None = None) -> Comm:
     """Return the collectives of ``backend`` among ``ranks``, a ``Ranks`` of ``vllmlite._cpu``, in a pipeline of
-    ``stages``."""
+    ``stages``; ``sharing`` ranks, by default all, run on this host."""
+    sharing = ranks.world if sharing is None else sharing
     if backend.device != "cpu":
         raise ParameterError(
             "tensor_parallel_size" if stages == 1 else "pipeline_parallel_size",
@@ -103,5 +104,5 @@ def connect(backend: Backend, ranks: Any, stages: int = 1) -> Comm:
         )
     native = load_extension("_cpu")
     if isinstance(backend, CpuBackend):
-        return NativeComm(native, backend.runtime, ranks, stages)
-    return CopyingComm(backend, native, ranks, stages)
+        return NativeComm(native, backend.runtime, ranks, stages, sharing)
+    return CopyingComm(backend, native, ranks, stages, sharing)

@@ -1,4 +1,4 @@
-"""Messages between the driver and the ranks of one host.
+"""Messages between the driver and the ranks of one host; those between hosts are in ``host_messages.py``.
 
 Steps and their results go through rings in shared memory, everything else over a socket pair for each rank, all of it
 pickled: these processes trust each other as parts of one program, which the driver has started. Nothing that comes from
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
+from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.config.engine_config import EngineConfig
 from vllmlite.engine.runner_protocol import StepResult
 from vllmlite.engine.schedule import Schedule
@@ -31,6 +32,8 @@ class Setup:
     cpus: list[int]
     """The CPUs that the rank may use; empty: all of the driver's."""
     log_level: int
+    num_local: int
+    """Number of ranks on this host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,12 @@ class BackendFacts:
     dtype: str
     asynchronous: bool
     adapter_abilities: frozenset[str]
+    instructions: str = ""
+    """The instruction set of a CPU's kernels."""
+
+    def __str__(self) -> str:
+        """Return what the results of ops depend on."""
+        return " ".join(filter(None, (self.name, self.instructions, self.dtype)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +65,7 @@ class ModelFacts:
     """The properties of the ranks' models that an engine needs to know; see ``models.interface.Model``."""
 
     vocab_size: int
-    kv_spec: Any
+    kv_spec: KVSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from vllmlite.engine.schedule import Schedule
 from vllmlite.engine.tiers import Copies
 from vllmlite.errors import EngineDeadError
 from vllmlite.ranks.group import RankGroup
+from vllmlite.ranks.host_messages import StepCommand
 from vllmlite.ranks.messages import AdapterPart, Command, Ready, Reply
 from vllmlite.weights.adapter import Adapter, LowRank
 
@@ -90,6 +91,9 @@ class ParallelRunner:
         return result
 
     def _send(self, command: Command) -> None:
+        step, work = command
+        if not isinstance(work, AdapterPart):  # adapters need ranks of one host
+            self.group.send(StepCommand(step, work))
         if not self.group.ranks.send(pickle.dumps(command, pickle.HIGHEST_PROTOCOL)):
             self.group.check()
             raise EngineDeadError("the ranks have ended")

@@ -14,6 +14,7 @@ from typing import Any
 
 from vllmlite.backends.native import load_extension
 from vllmlite.engine.runner_protocol import StepResult
+from vllmlite.engine.schedule import Schedule
 from vllmlite.engine_process.wire import pack, unpack
 from vllmlite.errors import BackendError, VllmliteError
 from vllmlite.models.adapters import place_parts
@@ -31,7 +32,7 @@ from vllmlite.ranks.messages import (
     Reply,
     Setup,
 )
-from vllmlite.runner.build import build_runner
+from vllmlite.runner.build import BuiltRunner, build_runner
 from vllmlite.runner.runner import ModelRunner
 from vllmlite.weights.adapter import Adapter, LowRank
 
@@ -72,26 +73,43 @@ def _run() -> None:
             setup.plan,
             rank,
             world,
-            lambda backend: connect(backend, ranks, setup.config.pipeline_parallel_size),
+            lambda backend: connect(backend, ranks, setup.config.pipeline_parallel_size, setup.num_local),
             enter=lambda phase: control.sendall(pack(Phase(phase))),
         )
     except VllmliteError as error:
         control.sendall(pack(error))
         return
-    runner = built.runner
-    if runner.host_blocks is not None and places_fd:
-        runner.host_blocks.share(places_fd[0])
-    backend = runner.backend
-    facts = BackendFacts(
-        backend.name, backend.device, backend.dtype, backend.asynchronous, backend.adapter_abilities
+    if built.runner.host_blocks is not None and places_fd:
+        built.runner.host_blocks.share(places_fd[0])
+    control.sendall(pack(ready_with(built)))
+    Steps(built.runner, ranks, control, rank == setup.config.reporting_rank).run()
+
+
+def ready_with(built: BuiltRunner[ModelRunner]) -> Ready:
+    """Return the message that a runner is built."""
+    backend, model = built.runner.backend, built.runner.model
+    return Ready(
+        BackendFacts(
+            backend.name,
+            backend.device,
+            backend.dtype,
+            backend.asynchronous,
+            backend.adapter_abilities,
+            getattr(backend, "isa", ""),
+        ),
+        ModelFacts(model.vocab_size, model.kv_spec),
+        built.num_blocks,
+        built.max_model_len,
+        built.backend_choice,
+        built.step_times,
+        built.draft_times,
+        built.host,
     )
-    model = ModelFacts(runner.model.vocab_size, runner.model.kv_spec)
-    ready = Ready(
-        facts, model, built.num_blocks, built.max_model_len, built.backend_choice, built.step_times,
-        built.draft_times, built.host,
-    )  # fmt: skip
-    control.sendall(pack(ready))
-    Steps(runner, ranks, control, rank == setup.config.reporting_rank).run()
+
+
+def seconds_for(schedule: Schedule) -> float:
+    """Return the time in which a collective operation of a step must be done."""
+    return COLLECTIVE_SECONDS + COLLECTIVE_SECONDS_PER_TOKEN * sum(schedule.counts)
 
 
 class _NoTerminal(io.TextIOWrapper):
@@ -129,8 +147,7 @@ class Steps:
                     self._reply(step, self._load_adapter(step, work))
                 continue
             if work is not None:
-                tokens = sum(work.counts)
-                self._ranks.limit(COLLECTIVE_SECONDS + COLLECTIVE_SECONDS_PER_TOKEN * tokens)
+                self._ranks.limit(seconds_for(work))
                 try:
                     self._launched[step] = self._runner.launch(work)
                 except Exception as error:

@@ -31,6 +31,11 @@ class ServerConfig:
     uds: str | None = option(
         None, "Unix socket to listen on instead of host and port", group="server", metavar="PATH"
     )
+    headless: bool = option(
+        False,
+        "serve nothing: run the ranks of a node above 0 for the engine of node 0; see nnodes and node-rank",
+        group="server",
+    )
     root_path: str = option("", "path under which a proxy serves this server", group="server", metavar="PATH")
     served_model_name: tuple[str, ...] = option(
         (), "names of the model in requests, the first also in answers; default: the value of --model",
