@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,22 +11,18 @@ from vllmlite.backends.base import (
     Backend,
     Expert,
     Experts,
-    ExpertTables,
     KVCache,
     LinearWeight,
-    LowRankTable,
     Rope,
 )
 from vllmlite.backends.batch import AdapterRows, ForwardBatch, Tensor
 from vllmlite.backends.comm import Comm, SingleRank
 from vllmlite.backends.kv_cache import KVSpec
-from vllmlite.errors import ParameterError
-from vllmlite.models.adapters import ability, places
+from vllmlite.models.changeable import ChangeableWeights, ExpertLinears, Linear
 from vllmlite.models.rope import cos_sin
 from vllmlite.models.shard import head_sizes
 from vllmlite.models.spec import DecoderSpec, MoeSpec, RopeSpec
-from vllmlite.weights.adapter import EMBEDDING as EMBEDDING_PLACE
-from vllmlite.weights.adapter import EXPERTS, Adapter, AdapterLimits
+from vllmlite.weights.adapter import EMBEDDING, Adapter, AdapterLimits
 from vllmlite.weights.adapter import HEAD as HEAD_PLACE
 from vllmlite.weights.host import HostTensor
 from vllmlite.weights.parts import HEAD, TABLE, ModelWeights
@@ -41,47 +37,33 @@ class _Norm:
     bias: Tensor | None
 
 
-@dataclass(slots=True)
-class _Linear:
-    weight: LinearWeight
-    names: Sequence[str]
-    """Names of the weights that ``weight`` consists of, in this order."""
-    changes: LowRankTable = None
-    """The changes that adapters make to the weight; None if there are no adapters, or if they cannot change it."""
-    changed_by: set[int] = field(default_factory=set)
-    """Indices of the adapters that change the weight."""
+@dataclass(frozen=True, slots=True)
+class _Mlp:
+    up: Linear
+    """Up projection; for a gated MLP, gate and up projection in one weight."""
+    down: Linear
 
 
 @dataclass(frozen=True, slots=True)
-class _Mlp:
-    up: _Linear
-    """Up projection; for a gated MLP, gate and up projection in one weight."""
-    down: _Linear
-
-
-@dataclass(slots=True)
 class _Moe:
     spec: MoeSpec
-    router: _Linear
+    router: Linear
     experts: Experts
-    linears: Sequence[tuple[_Linear, _Linear]]
-    """For each expert, the gate and up projections as one weight, and the down projection."""
+    linears: ExpertLinears
     shared: _Mlp | None
     shared_gate: LinearWeight | None
-    tables: ExpertTables = None
-    """The changes that adapters make to ``linears``; None if there are none."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
     attn_norm: _Norm | None
-    qkv: _Linear
+    qkv: Linear
     q_norm: Tensor | None
     k_norm: Tensor | None
     rope: Rope | None
     window: int | None
     sinks: Tensor | None
-    o: _Linear
+    o: Linear
     attn_out_norm: _Norm | None
     mlp_norm: _Norm | None
     mlp: _Mlp | _Moe
@@ -117,11 +99,11 @@ class Decoder:
             if rope is not None
         }
         load = _Loader(spec, backend, weights, ropes)
-        self._linears = load.linears
+        self._changeable = load.changeable
         stage, projected = spec.stage, spec.embedding_size is not None
         if stage.has_table:
             table = backend.tensor(weights.floats(TABLE), backend.dtype)
-            self._embed = load.named(table, EMBEDDING_PLACE)
+            self._embed = load.changeable.add(table, EMBEDDING)
             weights.release([TABLE])
         if stage.is_first:
             self._positions = (
@@ -143,7 +125,7 @@ class Decoder:
             head = load.product([TABLE])
         else:
             head = backend.tied_weight(self._embed.weight)
-        self._head = load.named(head, HEAD_PLACE)
+        self._head = load.changeable.add(head, HEAD_PLACE)
 
     def forward(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """Compute the final hidden states ``[T, output_size]`` of ``batch``; write its keys and values to ``kv``.
@@ -227,23 +209,7 @@ class Decoder:
 
     def enable_adapters(self, limits: AdapterLimits) -> None:
         """Allocate tables for the changes by adapters within ``limits``."""
-        shapes, abilities = places(self.spec), {None, *self.backend.adapter_abilities}
-        for linear in self._linears:
-            first = linear.names[0]
-            if ability(first) not in abilities:
-                continue
-            most = limits
-            if first in (EMBEDDING_PLACE, HEAD_PLACE):  # whole ones have the rank of the hidden states
-                most = replace(limits, max_rank=max(limits.max_rank, self.spec.output_size))
-            rows = [shapes[name][0] for name in linear.names]
-            linear.changes = self.backend.alloc_low_rank(rows, shapes[first][1], most)
-        for layer in self._layers:
-            moe = layer.mlp
-            if isinstance(moe, _Moe) and EXPERTS in abilities:
-                gate_up, down = zip(*moe.linears, strict=True)
-                moe.tables = self.backend.expert_tables(
-                    [linear.changes for linear in gate_up], [linear.changes for linear in down]
-                )
+        self._changeable.allocate(limits)
 
     def set_adapter(self, index: int, adapter: Adapter | None) -> None:
         """Put ``adapter`` at ``index``, or remove the one there if it is None. Raises ParameterError if it does not fit
@@ -254,29 +220,7 @@ class Decoder:
     def set_adapter_parts(self, index: int, adapter: Adapter | None) -> Iterator[int]:
         """Put ``adapter`` at ``index``, or remove the one there, one weight after the other; yields the bytes of
         each."""
-        weights = {} if adapter is None else adapter.weights
-        shapes = places(self.spec)
-        for name, change in weights.items():
-            if name not in shapes:
-                raise ParameterError("adapter", name, "is not a weight that adapters can change")
-            if (change.b.shape[0], change.a.shape[1]) != shapes[name] or change.b.shape[1] != change.rank:
-                raise ParameterError(
-                    "adapter",
-                    name,
-                    f"has a {list(change.a.shape)} and b {list(change.b.shape)}; the weight is {list(shapes[name])}",
-                )
-        for linear in self._linears:
-            parts = [weights.get(name) for name in linear.names]
-            changed = any(part is not None for part in parts)
-            if not changed and index not in linear.changed_by:
-                continue
-            if linear.changes is None:
-                raise ParameterError(
-                    "adapter", linear.names[0], f"the {self.backend.name} backend cannot change it"
-                )
-            self.backend.set_low_rank(linear.changes, index, parts)
-            (linear.changed_by.add if changed else linear.changed_by.discard)(index)
-            yield sum(part.num_bytes for part in parts if part is not None)
+        yield from self._changeable.set_parts(index, adapter)
 
     def _embedded(self, batch: ForwardBatch) -> Tensor:
         ops = self.backend
@@ -316,7 +260,7 @@ class Decoder:
         )
         return self._comm.all_reduce(self._linear(x, layer.o, batch))
 
-    def _linear(self, x: Tensor, linear: _Linear, batch: ForwardBatch) -> Tensor:
+    def _linear(self, x: Tensor, linear: Linear, batch: ForwardBatch) -> Tensor:
         """Multiply ``x [T, in]`` with a weight as it is changed by each row's adapter."""
         if batch.adapters is None or linear.changes is None:
             return self.backend.linear(x, linear.weight)
@@ -336,7 +280,11 @@ class Decoder:
             else:
                 inner = ops.gated_activation(self._linear(h, mlp.up, batch), spec.activation)
             return self._linear(inner, mlp.down, batch)
-        adapted = () if batch.adapters is None or mlp.tables is None else (mlp.tables, batch.token_adapters)
+        adapted = (
+            ()
+            if batch.adapters is None or mlp.linears.tables is None
+            else (mlp.linears.tables, batch.token_adapters)
+        )
         routed = ops.moe(
             h,
             self._linear(h, mlp.router, batch),
@@ -378,8 +326,7 @@ class _Loader:
         self, spec: DecoderSpec, backend: Backend, weights: ModelWeights, ropes: Mapping[RopeSpec, Rope]
     ) -> None:
         self.spec, self.backend, self.weights, self.ropes = spec, backend, weights, ropes
-        self.linears: list[_Linear] = []
-        """The weights that adapters can change."""
+        self.changeable = ChangeableWeights(spec, backend)
 
     def layer(self, index: int) -> _Layer:
         spec, layer, name = self.spec, self.spec.layers[index], f"{index}."
@@ -404,29 +351,23 @@ class _Loader:
         up = self.linear(name, "gate", "up") if gated else self.linear(name, "up")
         return _Mlp(up, self.linear(name, "down"))
 
-    def expert(self, name: str) -> tuple[_Linear, _Linear]:
-        return self.linear(name, "gate", "up"), self.linear(name, "down")
+    def expert(self, name: str) -> Expert:
+        return Expert(self.weight(name, "gate", "up"), self.weight(name, "down"))
 
     def moe(self, name: str, moe: MoeSpec) -> _Moe:
         shared = bool(moe.shared_intermediate_size)
-        experts = [self.expert(f"{name}experts.{expert}.") for expert in range(moe.num_experts)]
+        experts = [f"{name}experts.{expert}." for expert in range(moe.num_experts)]
         return _Moe(
             spec=moe,
-            router=self.named(self.float_weight(f"{name}router"), f"{name}router"),
-            experts=self.backend.experts([Expert(up.weight, down.weight) for up, down in experts]),
-            linears=experts,
+            router=self.changeable.add(self.float_weight(f"{name}router"), f"{name}router"),
+            experts=self.backend.experts([self.expert(expert) for expert in experts]),
+            linears=self.changeable.add_experts(experts),
             shared=self.mlp(f"{name}shared.") if shared else None,
             shared_gate=self.float_weight(f"{name}shared_gate") if shared else None,
         )
 
-    def linear(self, name: str, *parts: str) -> _Linear:
-        return self.named(self.weight(name, *parts), *(name + part for part in parts))
-
-    def named(self, weight: LinearWeight, *names: str) -> _Linear:
-        """Return ``weight``, which consists of the weights ``names``, as one that adapters can change."""
-        linear = _Linear(weight, names)
-        self.linears.append(linear)
-        return linear
+    def linear(self, name: str, *parts: str) -> Linear:
+        return self.changeable.add(self.weight(name, *parts), *(name + part for part in parts))
 
     def weight(self, name: str, *parts: str) -> LinearWeight:
         biases = [self.weights.optional(f"{name}{part}.bias") for part in parts]
