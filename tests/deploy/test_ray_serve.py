@@ -39,6 +39,7 @@ def test_options_that_do_not_exist_are_refused_before_anything_starts() -> None:
         ({"port": 1}, "port"),
         ({"lora-root": "/srv"}, "lora_root"),
         ({"slot-save-path": "/srv"}, "slot_save_path"),
+        ({"enable-sleep-mode": True}, "enable_sleep_mode"),
         ({"max-num-seqs": "x"}, "max_num_seqs"),
     ):
         with pytest.raises(ParameterError, match=name):

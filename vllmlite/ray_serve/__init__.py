@@ -54,6 +54,7 @@ REFUSED = {
     "port": "Ray Serve listens: see `serve start --http-port`",
     "uds": "Ray Serve listens: see `serve start`",
     "slot_save_path": "use `vllmlite serve`: each replica on Ray would have other prompts in its slots",
+    "enable_sleep_mode": "use `vllmlite serve`: a request to sleep would reach one replica on Ray",
     **dict.fromkeys(
         ("enable_lora", "lora_modules", "lora_root", "lora_admin_key_file"),
         "replicas on Ray serve no adapters in this version: use `vllmlite serve`, with --data-parallel-size",
