@@ -22,9 +22,10 @@ pytest.importorskip("httpx")
 import httpx
 import yaml
 from hub_server import SHA, running
-from served import ROOT, Program
+from served import ROOT, Program, free_port, program
 
 from vllmlite.hub import BUILT_IN
+from vllmlite.ranks.address import SECRET_VARIABLE
 
 DEPLOY = ROOT / "deploy"
 SLURM = DEPLOY / "slurm" / "server.sbatch"
@@ -60,6 +61,7 @@ def sap_template(**parameters: str) -> dict[str, Any]:
 SAP = sap_template(
     modelId="owner/tiny", modelRevision=SHA, modelName="tiny", storageUri="https://store/tiny.tar.gz"
 )
+GROUP = documents("leader-worker-set/server.yaml")
 MANIFESTS = {
     "kubernetes": documents("kubernetes/server.yaml"),
     "runtime": documents("kserve/serving-runtime.yaml"),
@@ -73,6 +75,8 @@ def pods() -> Iterator[tuple[str, dict[str, Any]]]:
     yield "kubernetes", MANIFESTS["kubernetes"][0]["spec"]["template"]["spec"]
     runtime = MANIFESTS["runtime"][0]["spec"]
     yield "runtime", {name: runtime[name] for name in ("containers", "volumes")}
+    for role in ("leader", "worker"):
+        yield role, GROUP[0]["spec"]["leaderWorkerTemplate"][f"{role}Template"]["spec"]
     yield "sap", {"containers": SAP["spec"]["predictor"]["containers"]}
 
 
@@ -111,7 +115,41 @@ def check_kserve(value: Any, kind: str) -> None:
         assert python is None or isinstance(value, python), (kind, value)
 
 
-@pytest.mark.parametrize("document", MANIFESTS["kubernetes"], ids=lambda document: document["kind"])
+FIELDS: dict[str, dict[str, Any]] = {
+    "LeaderWorkerSet": {"apiVersion": str, "kind": str, "metadata": dict, "spec": "Spec"},
+    "Spec": {"replicas": int, "leaderWorkerTemplate": "Template", "startupPolicy": ("LeaderCreated", "LeaderReady")},
+    "Template": {
+        "size": int, "leaderTemplate": "Pod", "workerTemplate": "Pod",
+        "restartPolicy": ("RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"),
+    },
+    "Pod": {"metadata": dict, "spec": dict},
+}  # fmt: skip
+"""Fields of LeaderWorkerSet's API of version v1, as far as our template uses them, and their values."""
+REQUIRED = {
+    "LeaderWorkerSet": {"spec"},
+    "Spec": {"leaderWorkerTemplate"},
+    "Template": {"workerTemplate"},
+    "Pod": {"spec"},
+}
+
+
+def check_group(value: Any, kind: str) -> None:
+    """Fail unless ``value`` has fields of :data:`FIELDS` only, and the required ones."""
+    assert isinstance(value, dict) and REQUIRED[kind] <= value.keys()
+    for name, each in value.items():
+        assert name in FIELDS[kind], f"{kind} has no {name}"
+        known = FIELDS[kind][name]
+        if isinstance(known, str):
+            check_group(each, known)
+        elif isinstance(known, tuple):
+            assert each in known
+        else:
+            assert isinstance(each, known)
+
+
+@pytest.mark.parametrize(
+    "document", [*MANIFESTS["kubernetes"], GROUP[1]], ids=lambda document: document["metadata"]["name"]
+)
 def test_manifests_are_valid(document: dict[str, Any]) -> None:
     pytest.importorskip("kubernetes_validate").validate(document, KUBERNETES, strict=True)
 
@@ -132,6 +170,65 @@ def test_pods_are_valid(name: str, spec: dict[str, Any]) -> None:
 )
 def test_kserves_kinds_are_valid(name: str, kind: str) -> None:
     check_kserve(MANIFESTS[name][0], kind)
+
+
+def test_the_group_of_pods_is_valid() -> None:
+    group, service = GROUP
+    assert group["apiVersion"] == "leaderworkerset.x-k8s.io/v1" and group["kind"] == "LeaderWorkerSet"
+    check_group(group, "LeaderWorkerSet")
+    # LeaderWorkerSet makes a headless service of the group's name, by which pods find their leader.
+    assert service["metadata"]["name"] != group["metadata"]["name"]
+    labels = group["spec"]["leaderWorkerTemplate"]["leaderTemplate"]["metadata"]["labels"]
+    others = group["spec"]["leaderWorkerTemplate"]["workerTemplate"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert not service["spec"]["selector"].items() <= others.items()
+
+
+def group_arguments(role: str, **variables: str) -> list[str]:
+    """The arguments of a pod's server, with the variables that LeaderWorkerSet sets."""
+    (container,) = GROUP[0]["spec"]["leaderWorkerTemplate"][f"{role}Template"]["spec"]["containers"]
+    assert container["command"] == ["vllmlite", "serve"]
+    (secret,) = [each for each in container["env"] if "valueFrom" in each]
+    assert secret["name"] == SECRET_VARIABLE
+    found = []
+    for argument in container["args"]:
+        for name, value in variables.items():
+            argument = argument.replace(f"$({name})", value)
+        assert "$(" not in argument
+        found.append(argument)
+    return found
+
+
+@pytest.mark.slow
+def test_the_pods_of_a_group_answer_together() -> None:
+    """Leader and worker as two programs of this machine, with the arguments of their pods."""
+    port = str(free_port())
+    variables = {"LWS_GROUP_SIZE": "2", "LWS_LEADER_ADDRESS": "127.0.0.1"}
+    secret = {SECRET_VARIABLE: "a secret of the test, long enough"}
+
+    def arguments(role: str, index: str) -> list[str]:
+        found = group_arguments(role, LWS_WORKER_INDEX=index, **variables)
+        omitted = ("--port", "--host", "--model")
+        return [
+            *(each.replace("29500", port) for each in found if not each.startswith(omitted)),
+            "--device",
+            "cpu",
+        ]
+
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "vllmlite", "serve", "--dtype", "float32", *arguments("worker", "1")],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **secret},
+    )
+    try:
+        with program(*arguments("leader", "0"), **secret) as leader:
+            body = {"model": "model", "prompt": "Debian is", "max_tokens": 8, "temperature": 0}
+            answer = httpx.post(f"{leader.url}/v1/completions", json=body, timeout=60).json()
+            assert answer["choices"][0]["text"].startswith(" a free operating system")
+            assert leader.stop() == 0
+        assert worker.wait(60) == 0
+    finally:
+        worker.kill()
+        worker.wait()
 
 
 @pytest.mark.slow
