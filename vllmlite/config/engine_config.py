@@ -283,10 +283,10 @@ class EngineConfig:
     distributed_executor_backend: str | None = _option(
         None,
         "where ranks run; mp: in processes that the engine starts, the default; external_launcher: in the processes "
-        "that torchrun, mpirun or srun has started, each of which runs the same program; uni: in this process, so "
-        "there can be one rank",
+        "that torchrun, mpirun or srun has started, each of which runs the same program; ray: on the nodes of a Ray "
+        "cluster; uni: in this process, so there can be one rank",
         group="several devices",
-        choices=("mp", "uni", "external_launcher"),
+        choices=("mp", "uni", "external_launcher", "ray"),
     )
     nnodes: int = _option(
         1,

@@ -24,11 +24,19 @@ def check_nodes(
         )
     if node >= nodes:
         raise ParameterError("node_rank", node, f"must be less than nnodes={nodes}")
-    if nodes > 1 and executor not in (None, "mp"):
-        raise ParameterError("nnodes", nodes, "needs distributed_executor_backend=mp")
+    if nodes > 1 and executor not in (None, "mp", "ray"):
+        raise ParameterError("nnodes", nodes, "needs distributed_executor_backend=mp or ray")
+    if executor == "ray" and ranks == 1:
+        raise ParameterError(
+            "distributed_executor_backend",
+            "ray",
+            "places several ranks: set tensor_parallel_size or pipeline_parallel_size, or leave it out",
+        )
+    if executor == "ray" and node > 0:
+        raise ParameterError("node_rank", node, "must be 0 with Ray, which starts the other nodes itself")
     if external and seed == -1:
         raise ParameterError("seed", -1, "must be the same on all ranks that external_launcher runs")
-    if nodes == 1 and not external:
+    if nodes == 1 and executor not in ("external_launcher", "ray"):
         return
     if replicas > 1:
         raise ParameterError(

@@ -28,14 +28,21 @@ LOCAL_OPTIONS = frozenset(
 """Options that may differ between nodes: what files are called there, and what only node 0 uses."""
 
 
-def meet(config: EngineConfig, plan: Plan, layout: Layout, address: Address | None = None) -> list[Joined]:
+def meet(
+    config: EngineConfig,
+    plan: Plan,
+    layout: Layout,
+    address: Address | None = None,
+    secret: bytes | None = None,
+) -> list[Joined]:
     """Return connections to the other nodes: from node 0 to all, from another one to node 0. Raises BackendError or
-    ParameterError, naming who is missing or what differs."""
+    ParameterError, naming who is missing or what differs. ``address`` and ``secret`` replace those of the options."""
     if layout.nodes == 1:
         return []
     if address is None:
         address = Address.resolve(config.master_addr or "127.0.0.1", config.master_port or DEFAULT_PORT)
-    secret = shared_secret(config.ranks_secret_file, address)
+    if secret is None:
+        secret = shared_secret(config.ranks_secret_file, address)
     own = introduction(config, plan, layout)
     seconds = config.distributed_timeout_seconds
     if layout.is_hub:

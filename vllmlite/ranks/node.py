@@ -18,9 +18,10 @@ from vllmlite.ranks.start import check_split, local_setups
 from vllmlite.runner.build import plan_for
 
 
-def serve_node(config: EngineConfig) -> None:
+def serve_node(config: EngineConfig, secret: bytes | None = None) -> None:
     """Run this node's ranks until node 0 shuts the engine down. Raises what their start raises, and EngineDeadError if
-    a rank fails here or elsewhere, or if SIGTERM or SIGINT stops this node."""
+    a rank fails here or elsewhere, or if SIGTERM or SIGINT stops this node. ``secret`` replaces the
+    secret that the options name."""
     layout = Layout.of(config)
     if layout.is_hub:
         raise ParameterError(
@@ -28,7 +29,7 @@ def serve_node(config: EngineConfig) -> None:
         )
     plan = plan_for(config)
     check_split(config, plan)
-    (joined,) = meet(config, plan, layout)
+    (joined,) = meet(config, plan, layout, secret=secret)
     config = replace(config, seed=joined.seed)
     group = RankGroup(local_setups(config, plan, layout), layout, [joined])
     group.on_message(lambda message: _take_command(group, message))

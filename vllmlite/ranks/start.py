@@ -25,10 +25,11 @@ from vllmlite.ranks.runner import ParallelRunner
 from vllmlite.runner.build import BuiltRunner
 
 
-def start_ranks(config: EngineConfig, plan: Plan) -> BuiltRunner[ParallelRunner]:
+def start_ranks(config: EngineConfig, plan: Plan, secret: bytes | None = None) -> BuiltRunner[ParallelRunner]:
     """Start a process for each rank of this host, connect to the nodes that run the other ranks, and return a runner
     that drives all. Raises the error of a rank that cannot start. ``config.threads`` is the number of threads of each
-    rank; by default the CPUs of this process are divided among the ranks of this host."""
+    rank; by default the CPUs of this process are divided among the ranks of this host. ``secret`` replaces the secret
+    that the options name."""
     world, stages = config.num_ranks, config.pipeline_parallel_size
     check_split(config, plan)
     if config.distributed_executor_backend == "external_launcher":
@@ -43,7 +44,7 @@ def start_ranks(config: EngineConfig, plan: Plan) -> BuiltRunner[ParallelRunner]
     setups = local_setups(config, plan, layout)
     with ExitStack() as stack:
         files = [_anonymous_file(stack) for _ in setups] if config.keeps_block_files() else []
-        group = RankGroup(setups, layout, meet(config, plan, layout), files)
+        group = RankGroup(setups, layout, meet(config, plan, layout, secret=secret), files)
         try:
             group.on_message(lambda message: _take_reply(group, message))
             ready = group.wait_until_ready()

@@ -24,6 +24,7 @@ from vllmlite.models import open_stored
 from vllmlite.models.plan import Plan
 from vllmlite.ranks.group import RankGroup
 from vllmlite.ranks.messages import BackendFacts
+from vllmlite.ranks.ray_nodes import start_on_ray
 from vllmlite.ranks.runner import ParallelRunner
 from vllmlite.ranks.start import start_ranks
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
@@ -81,7 +82,10 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
         check_vocabulary(config, speculative.draft, tokenizer)
     built: BuiltRunner[ModelRunner] | BuiltRunner[ParallelRunner]
     several = config.num_ranks > 1
-    built = start_ranks(config, plan) if several else build_runner(config, plan, replica=replica or 0)
+    if config.distributed_executor_backend == "ray":
+        built = start_on_ray(config, plan)
+    else:
+        built = start_ranks(config, plan) if several else build_runner(config, plan, replica=replica or 0)
     runner, backend = built.runner, built.runner.backend
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
     batched = batched_tokens(config, backend.device)
