@@ -5,8 +5,9 @@
     train_demo_model.py corpus --root DIR/root      clean and tokenise their text (a minute): .cache/demo
     train_demo_model.py train                       train (a GPU: 3 minutes; two CPU cores: 8 days): .cache/demo/run
     train_demo_model.py release --root DIR/root     write vllmlite/data/demo, with the manifest
-    train_demo_model.py drafts                      train an EAGLE-3 head and a draft model on the model's own answers:
-                                                    .cache/demo/eagle3, .cache/demo/draft
+    train_demo_model.py drafts                      train an EAGLE-3 head and a draft model on the model's own answers
+                                                    (half an hour of one CPU core each): .cache/demo/eagle3,
+                                                    which is vllmlite/data/drafts/eagle3, and .cache/demo/draft
     train_demo_model.py copyright                   print the model's paragraph of debian/copyright
     train_demo_model.py verify --root DIR/root      check corpus and first training steps against the manifest
 
@@ -94,9 +95,10 @@ def train_drafts(arguments: argparse.Namespace) -> None:
     recipe = drafts.DraftRecipe(answers=arguments.answers, steps=arguments.steps)
     texts = drafts.answers(recipe)
     model = release.load_weights(Shape(), DATA / "model.safetensors").to(arguments.device)
+    data = drafts.Conversations(model, texts, recipe, arguments.out / "states")
     seconds = 60 * arguments.minutes
-    drafts.train_head(model, texts, recipe, seconds, arguments.out / "eagle3")
-    drafts.train_small(model, texts, recipe, seconds, arguments.out / "draft", DATA / "tokenizer.json")
+    drafts.train_head(model, data, recipe, arguments.out / "eagle3", seconds)
+    drafts.train_small(model, data, recipe, arguments.out / "draft", DATA / "tokenizer.json", seconds)
 
 
 def write(root: Path) -> None:

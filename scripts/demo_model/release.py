@@ -176,7 +176,7 @@ def write_package(
         "name": "vllmlite-demo",
         "licence": RESULT,
         "parameters": sum(weight.numel() for weight in model.parameters()),
-        "files": {name: _sha256(target / name) for name in _FILES},
+        "files": {name: sha256(target / name) for name in _FILES},
         "snapshot": snapshot,
         "corpus": facts,
         "recipe": asdict(recipe),
@@ -205,7 +205,8 @@ _FILES: Final = (
 )
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return the SHA-256 digest of a file, in hexadecimal."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -238,11 +239,11 @@ def copyright_stanza(manifest: dict[str, Any]) -> str:
         "The weights and the tokenizer were made by scripts/train_demo_model.py, and are under the strictest of the "
         "licences of what they were made from: the questions and answers in scripts/demo_model/answers.py, which are "
         "vllmlite's own, and documentation and descriptions out of these Debian packages, each checked against its own "
-        f"copyright file: {packages}."
+        f"copyright file: {packages}. What drafts for the model was trained on the model's own answers alone."
     )
     lines = textwrap.wrap(made_from, 79, break_on_hyphens=False, break_long_words=False)
     head = (
-        "Files: vllmlite/data/demo/*",
+        "Files: vllmlite/data/*",
         "Copyright: 2026 The vllmlite authors",
         f"License: {manifest['licence']}",
     )

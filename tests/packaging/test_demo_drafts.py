@@ -27,13 +27,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     from demo_model.model import Shape
 
     target = tmp_path_factory.mktemp("drafts")
-    recipe = drafts.DraftRecipe(answers=16, draft_vocab=256, drafts=2, steps=12, rows=2, row=64)
+    recipe = drafts.DraftRecipe(answers=16, draft_vocab=256, drafts=2, steps=12, tokens=256)
     texts = drafts.answers(recipe, at_once=32)
     model = release.load_weights(Shape(), BUILT_IN / "model.safetensors")
-    drafts.train_head(model, texts, recipe, float("inf"), target / "eagle3")
-    drafts.train_small(
-        model, texts, replace(recipe, steps=2), float("inf"), target / "draft", BUILT_IN / "tokenizer.json"
-    )
+    data = drafts.Conversations(model, texts, recipe, target / "states")
+    drafts.train_head(model, data, recipe, target / "eagle3")
+    drafts.train_small(model, data, replace(recipe, steps=2), target / "draft", BUILT_IN / "tokenizer.json")
     return target, model, recipe
 
 
@@ -76,8 +75,8 @@ def test_the_head_drafts_as_it_was_trained(trained: tuple[Path, Any, Any]) -> No
             for number in range(len(guessed)):
                 embedded = model.model.embed_tokens(ids[:, number + 1 : number + 1 + count])
                 turned = tuple(part[number : number + count] for part in rope)
-                logits, hidden = head(embedded, hidden, turned, earlier)
-                want.append(int(vocabulary[logits[0, -1].argmax()]))
+                hidden = head(embedded, hidden, turned, earlier)
+                want.append(int(vocabulary[head.logits(hidden[0, -1]).argmax()]))
         assert guessed == want
 
 
