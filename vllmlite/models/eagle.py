@@ -172,6 +172,9 @@ class EagleHead:
                 )
         self.target_ids = ids.astype(np.int32)
         """For each id of the draft vocabulary, the id of the same token in the target model."""
+        self._draft_table = self._table
+        if not np.array_equal(ids, np.arange(len(ids))):
+            self._draft_table = backend.rows(self._table, backend.tensor(self.target_ids))
         stored.check_rest()
 
     def fused(self, states: Sequence[Tensor]) -> Tensor:
@@ -179,14 +182,15 @@ class EagleHead:
         return self._sum(states, self._fuse) if self.spec.third else states[0]
 
     def forward(
-        self, token_ids: Tensor, hidden: Tensor, batch: ForwardBatch, kv: KVCache
+        self, token_ids: Tensor, hidden: Tensor, batch: ForwardBatch, kv: KVCache, *, drafted: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Compute the layer for the positions of ``batch``: ``hidden [T, hidden]`` are their hidden states, and
-        ``token_ids [T]`` the ids of the positions after them. Writes keys and values to ``kv``.
+        ``token_ids [T]`` the ids of the positions after them; ``drafted``: ids of the draft vocabulary. Writes keys
+        and values to ``kv``.
 
         Returns the input of :meth:`logits`, and the hidden states for the next draft."""
         ops, layer, eps = self.backend, self.spec.layer, self.spec.layer.norm.eps
-        embedded = ops.embedding(token_ids, self._table)
+        embedded = ops.embedding(token_ids, self._draft_table if drafted else self._table)
         if self._input_norm is not None and self._hidden_norm is not None:
             normed, kept = ops.rms_norm(hidden, self._hidden_norm, eps)
             residual = normed if self.spec.norm_before_residual else kept

@@ -118,10 +118,11 @@ class MtpHead:
         return states[0]
 
     def forward(
-        self, token_ids: Tensor, hidden: Tensor, batch: ForwardBatch, kv: KVCache
+        self, token_ids: Tensor, hidden: Tensor, batch: ForwardBatch, kv: KVCache, *, drafted: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Compute the layer for the positions of ``batch``: ``hidden [T, hidden]`` are their hidden states, and
-        ``token_ids [T]`` the ids of the positions after them. Writes keys and values to ``kv``.
+        ``token_ids [T]`` the ids of the positions after them. Writes keys and values to ``kv``. ``drafted`` changes
+        nothing: the draft vocabulary is the target model's.
 
         Returns the input of :meth:`logits`, and the hidden states for the next draft: they are the same."""
         ops, eps = self.backend, self._spec.norm.eps

@@ -54,10 +54,10 @@ class DraftHead(Protocol):
         ...
 
     def forward(
-        self, token_ids: Tensor, hidden: Tensor, batch: ForwardBatch, kv: KVCache
+        self, token_ids: Tensor, hidden: Tensor, batch: ForwardBatch, kv: KVCache, *, drafted: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Compute the positions of ``batch`` from their hidden states ``hidden [T, hidden]`` and the ids after them,
-        ``token_ids [T]``; write keys and values to ``kv``.
+        ``token_ids [T]``; write keys and values to ``kv``. ``drafted``: the ids are of the draft vocabulary.
 
         Returns the input of :meth:`logits`, and the hidden states for the next draft."""
         ...
@@ -115,6 +115,16 @@ class EagleSequence(CachedSequence):
             first.start = max(self.num_computed, first.start)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """Drafts on the device."""
+
+    ids: Tensor
+    """Ids of the draft vocabulary, ``[rows]`` or ``[steps, rows]``."""
+    probabilities: Tensor = None
+    """With rejection sampling: the distributions from which they were drawn, ``[rows, draft_vocab_size]``."""
+
+
 class EagleProposer(CachedProposer[EagleSequence]):
     """Proposes the chain of the most likely ids of a draft head."""
 
@@ -153,7 +163,7 @@ class EagleProposer(CachedProposer[EagleSequence]):
         batch = self._upload(host_batch(rows, zeros, ones, ones))
         hidden = self._fused([(None, np.zeros(len(rows), np.int32))])
         normed, _ = self.head.forward(self._ids(zeros), hidden, batch, self._kv)
-        self._sampled(normed, batch, [])
+        self._backend.to_host(self._sample(normed, batch).ids)
 
     def keep_states(self, schedule: Schedule, states: Sequence[Tensor]) -> None:
         """Keep the hidden states of a step that was launched: for each of :attr:`states`, those of all its tokens.
@@ -192,41 +202,58 @@ class EagleProposer(CachedProposer[EagleSequence]):
 
     def _draft(self, asked: Mapping[int, EagleSequence], counts: Mapping[int, int]) -> None:
         """Compute the positions of ``asked`` that are not computed, then a chain of ``counts[slot]`` drafts of each
-        sequence."""
+        sequence. All drafts are launched before the first is read."""
         slots, batch, normed, hidden = self._compute(asked, counts)
-        if self._rejection is not None:
-            self._rejection.begin(slots)
-        drafted = 0
-        while slots:
-            ids = self._sampled(normed, batch, slots)
-            for slot, token_id in zip(slots, ids, strict=True):
-                asked[slot].drafts.append(token_id)
-            drafted += 1
-            going = [row for row, slot in enumerate(slots) if counts[slot] > drafted]
-            if not going:
-                break
+        if not slots:
+            return
+        drafts, known = [(slots, self._sample(normed, batch))], 1
+        while going := [row for row, slot in enumerate(slots) if counts[slot] > known]:
             if len(going) < len(slots):
-                slots, ids = [slots[row] for row in going], [ids[row] for row in going]
+                slots = [slots[row] for row in going]
                 hidden = self._backend.rows(hidden, self._ids(going))
-            starts = [asked[slot].num_computed + drafted - 1 for slot in slots]
-            ones = [1] * len(slots)
-            batch = self._upload(host_batch(slots, starts, ones, ones))
-            normed, hidden = self.head.forward(self._ids(ids), hidden, batch, self._kv)
+            steps = min(counts[slot] for slot in slots) - known
+            starts = [asked[slot].num_computed + known - 1 for slot in slots]
+            found, hidden = self._chain(slots, starts, hidden, steps)
+            drafts += [(slots, sampled) for sampled in found]
+            known += steps
+        for slots, sampled in drafts:
+            self._read(asked, slots, sampled)
 
-    def _sampled(self, normed: Tensor, batch: ForwardBatch, slots: Sequence[int]) -> list[int]:
-        """Return the drafted ids after the sampled positions of ``batch``, one for each of ``slots``, after waiting for
-        them."""
-        backend, head = self._backend, self.head
-        logits = head.logits(normed)
-        found = None
+    def _read(self, asked: Mapping[int, EagleSequence], slots: list[int], sampled: _Sampled) -> None:
+        """Wait for drafts and append them to the sequences in ``slots``."""
+        places = self._backend.to_host(sampled.ids).reshape(-1, len(slots))
+        token_ids = self.head.target_ids[places]
+        for slot, column in zip(slots, token_ids.T.tolist(), strict=True):
+            asked[slot].drafts += column
         if self._rejection is not None:
-            found = backend.probabilities(logits, self._slots, batch)
-        places = backend.to_host(backend.sample(logits, self._slots, batch).ids)
-        ids: list[int] = head.target_ids[places].tolist()
+            rows = self._backend.to_host(sampled.probabilities)
+            for slot, token_id, place, row in zip(slots, token_ids[0].tolist(), places[0], rows, strict=True):
+                self._rejection.add(slot, token_id, place, row, self.head.target_ids)
+
+    def _chain(
+        self, slots: list[int], starts: list[int], hidden: Tensor, steps: int
+    ) -> tuple[list[_Sampled], Tensor]:
+        """Compute ``steps`` positions from ``starts``, each from the draft before it, which its slot knows. Returns the
+        drafts and the last hidden states."""
+        ones, found = [1] * len(slots), []
+        batch = self._backend.upload(host_batch(slots, starts, ones, ones), self._slots, self.head.kv_spec)
+        for step in range(steps):
+            if step:
+                further = host_batch(slots, [start + step for start in starts], ones, ones)
+                batch = self._backend.upload(further, self._slots, self.head.kv_spec)
+            normed, hidden = self.head.forward(batch.token_ids, hidden, batch, self._kv, drafted=True)
+            found.append(self._sample(normed, batch))
+        return found, hidden
+
+    def _sample(self, normed: Tensor, batch: ForwardBatch) -> _Sampled:
+        """Return drafts after the sampled positions of ``batch``, which their slots then know."""
+        backend, logits = self._backend, self.head.logits(normed)
+        probabilities = None
         if self._rejection is not None:
-            for slot, place, token_id, row in zip(slots, places, ids, backend.to_host(found), strict=False):
-                self._rejection.add(slot, token_id, place, row, head.target_ids)
-        return ids
+            probabilities = backend.probabilities(logits, self._slots, batch)
+        ids = backend.sample(logits, self._slots, batch).ids
+        backend.accept(ids, self._slots, batch)
+        return _Sampled(ids, probabilities)
 
     def _compute(
         self, asked: Mapping[int, EagleSequence], counts: Mapping[int, int]
@@ -249,7 +276,8 @@ class EagleProposer(CachedProposer[EagleSequence]):
                 params = SlotParams() if self._rejection is None else self._rejection.draft_params(slot)
                 self._backend.set_slot(self._slots, slot, params)
             new = self._new_blocks(sequence)
-            self._append([slot] * len(new), new, sequence.blocks[new.start : new.stop])
+            if new:
+                self._append([slot] * len(new), new, sequence.blocks[new.start : new.stop])
             parts += self._parts(sequence, start, stop)
             self._mark(sequence, start, stop, stop + counts[slot] - 1)
             sequence.forget()
