@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Measure speculative decoding with n-gram drafts on a model of random weights: what it saves where text repeats its
-prompt, what it costs where nothing repeats, and what a step that verifies drafts costs.
+"""Measure speculative decoding, mostly with n-gram drafts on a model of random weights: what it saves where text
+repeats its prompt, what it costs where nothing repeats, and what a step that verifies drafts costs.
 
     PYTHONPATH=. scripts/bench_speculation.py DIR [--quantization int4] [--batches 1,8,64] [--rows edit,random,step]
         [--rounds 3] [--tokens 128] [--device cuda] [--cache 8GiB]
+    PYTHONPATH=. scripts/bench_speculation.py --rows answers [--method eagle3] [--rounds 3] [--device cuda]
 
 DIR has a config.json, for example of llama1b's shape. Times on a CPU are processor time, so that other programs disturb
 them little; with and without drafts run by turns. Rows:
@@ -13,6 +14,8 @@ edit    a 600-token file is the prompt, and the output is the file with one word
 random  ids are drawn from 200 at random, so that short n-grams repeat and what followed them is seldom right.
 step    a step of 1 + k tokens a row against one of 1 (alone: that nothing was launched beside), by the number of rows;
         "mixed" has 0 to 3 drafts a row, "uncaptured" likewise without captured steps.
+answers the built-in model answers questions, one after the other, without drafts and with those of its own head: tokens
+        a step, the bonus token included, and tokens a second with drafts against those without. Needs no DIR.
 The last line is JSON.
 """
 
@@ -37,6 +40,13 @@ from vllmlite.tokenizers.tokenizer import Tokenizer
 
 DRAFTS = 8
 FILE_TOKENS = 600
+QUESTIONS = (
+    "What is Debian?", "What is a package?", "How do I install a package?", "What does apt do?", "What is systemd?",
+    "Hello!", "Who are you?", "What is the difference between stable and unstable?", "How do I remove nginx?",
+    "What does grep do?", "How do I upgrade my system?", "What is a mirror?", "Explain what a daemon is.",
+    "Describe the package vim.", "How do I report a bug?", "What is Python?",
+)  # fmt: skip
+"""Questions of the row ``answers``."""
 RANDOM_IDS = 200
 
 
@@ -143,6 +153,37 @@ def repeats_nothing(
     }
 
 
+def answers(method: str, device: str, rounds: int) -> dict[str, float]:
+    """Measure the row ``answers``."""
+    options: dict[str, Any] = {"max_model_len": 512, "device": device, "enable_prefix_caching": False}
+    plain, drafting = LLM(**options), LLM(**options, speculative_config={"method": method})
+    seconds: dict[LLM, list[float]] = {plain: [], drafting: []}
+    steps = dict.fromkeys(seconds, 0)
+    params = SamplingParams(temperature=0, max_tokens=256)
+    for _ in range(rounds):
+        texts: dict[LLM, list[Sequence[int]]] = {plain: [], drafting: []}
+        for llm, times in seconds.items():
+            engine: Any = llm.llm_engine.engine
+            begin, before = clock(engine), engine.stats.num_steps
+            for question in QUESTIONS:
+                asked = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+                (output,) = llm.generate([asked], params, use_tqdm=False)
+                texts[llm].append(output.outputs[0].token_ids)
+            times.append(clock(engine) - begin)
+            steps[llm] += engine.stats.num_steps - before
+        assert texts[plain] == texts[drafting], "drafts changed the text"
+    tokens = rounds * sum(map(len, texts[plain]))
+    stats: Any = drafting.llm_engine.engine.stats
+    without, with_drafts = (statistics.median(times) for times in seconds.values())
+    return {
+        "tokens_per_step": round(tokens / steps[drafting], 2),
+        "tokens_per_verification": round(1 + stats.num_accepted_tokens / max(stats.num_drafts, 1), 2),
+        "drafts_per_verification": round(stats.num_draft_tokens / max(stats.num_drafts, 1), 2),
+        "plain_tokens_per_s": round(tokens / rounds / without, 1),
+        "speedup": round(without / with_drafts, 2),
+    }
+
+
 class Wrong(Proposer):
     """A proposer of as many random ids as are wanted; or of fewer, if it is ``mixed``."""
 
@@ -215,7 +256,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
+    parser.add_argument("model", nargs="?", metavar="DIR")
+    parser.add_argument("--method", default="eagle3", help="method of the row answers")
     parser.add_argument("--quantization")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cache", default="1GiB", help="memory of the key/value cache")
@@ -225,6 +267,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="tokens of each request of the row random")
     args = parser.parse_args()
     rows, batches = args.rows.split(","), [int(batch) for batch in args.batches.split(",")]
+    result: dict[str, Any] = {}
+    if "answers" in rows:
+        result["answers"] = answers(args.method, args.device, args.rounds)
+        print("answers", result["answers"], flush=True)
+    if rows == ["answers"]:
+        print(json.dumps(result))
+        return
+    if args.model is None:
+        parser.error("rows other than answers need DIR")
     llm = LLM(
         args.model, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=2048,
         max_num_seqs=64, kv_cache_memory_bytes=args.cache, device=args.device, quantization=args.quantization,
@@ -234,7 +285,6 @@ def main() -> None:
     )  # fmt: skip
     engine: Any = llm.llm_engine.engine
     policies = [DraftPolicy(0), engine.scheduler.drafting]
-    result: dict[str, Any] = {}
     if "edit" in rows:
         result["edit"] = edit(engine, policies, args.rounds)
         print("edit", result["edit"], flush=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from checkpoints import write_checkpoint
 from drafting import KnownText, let_drafts_pay
-from eagle_heads import Shape, write_head
+from eagle_heads import Shape
 from medusa_heads import write_medusa
 from native import needs_native_cpu
 
@@ -35,14 +35,13 @@ from vllmlite.runner.runner import Launched, ModelRunner
 
 DRAFTS = 4
 HEADS = TemporaryDirectory()
-write_head(Path(HEADS.name) / "eagle3", "eagle3", Shape(6144, 256, 8))
 write_medusa(Path(HEADS.name) / "medusa", Shape(6144, 256, 8), "vllm")
 METHODS: dict[str, dict[str, Any]] = {
     "ngram": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
     "suffix": {"method": "suffix", "suffix_decoding_max_cached_requests": 100},
     "draft model": {"method": "draft_model", "model": str(BUILT_IN), "quantization": "int4"},
     "itself": {"method": "draft_model", "model": str(BUILT_IN)},
-    "eagle3": {"method": "eagle3", "model": str(Path(HEADS.name) / "eagle3")},
+    "eagle3": {"method": "eagle3"},
     "medusa": {"method": "medusa", "model": str(Path(HEADS.name) / "medusa")},
 }
 """Sources of drafts for the built-in model: those of the model itself are always right, those of random

@@ -507,7 +507,7 @@ class EngineConfig:
 
     def speculative(self) -> Speculative | None:
         """Return the options of speculative decoding, or None if it is off."""
-        return speculative(self.speculative_config, self.tensor_parallel_size)
+        return speculative(self.speculative_config, self.tensor_parallel_size, self.model is None)
 
     @classmethod
     def from_kwargs(cls, **options: Any) -> EngineConfig:

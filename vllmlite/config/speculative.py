@@ -23,6 +23,8 @@ ABSENT_METHODS = (
 """vLLM's methods that are not supported."""
 PROBABILISTIC = "probabilistic"
 """The ``draft_sample_method`` by which drafts are drawn at random."""
+BUILT_IN_DRAFTS = ("eagle3",)
+"""Methods for which the built-in model has its own drafter, so that no model need be named."""
 NGRAM_MODELS = ("ngram", "[ngram]")
 """Values of the key ``model`` that mean n-grams, as in vLLM."""
 MOST_TOKENS = 32
@@ -87,7 +89,8 @@ class DraftCheckpoint:
     method: str
     """One of :data:`METHODS`, but not of :data:`LOOKUPS`."""
     model: str | None
-    """Its name or path; None: the target model's own checkpoint (``mtp``)."""
+    """Its name or path; None: the target model's own: layers of its checkpoint (``mtp``), or what comes with the
+    built-in model (:data:`BUILT_IN_DRAFTS`)."""
     revision: str | None
     quantization: str | None
     """Method by which its float weights are quantised at load; None: they are not."""
@@ -149,12 +152,12 @@ def with_shorthands(given: Mapping[str, Any], shorthands: Mapping[str, Any]) -> 
     return options
 
 
-def speculative(options: Mapping[str, Any], ranks: int = 1) -> Speculative | None:
+def speculative(options: Mapping[str, Any], ranks: int = 1, built_in: bool = False) -> Speculative | None:
     """Return the speculative decoding that ``options``, a ``speculative_config``, describe, for a model on ``ranks``
-    ranks; None if it is off. Raises ParameterError."""
+    ranks, which is the built-in one if ``built_in``; None if it is off. Raises ParameterError."""
     if all(value is None for value in options.values()):
         return None
-    method = _method(options)
+    method = _method(options, built_in)
     used = (*KEYS, *METHOD_KEYS[method])
     for key, value in options.items():
         known = (*KEYS, *NEUTRAL, *(key for keys in METHOD_KEYS.values() for key in keys))
@@ -193,7 +196,7 @@ def speculative(options: Mapping[str, Any], ranks: int = 1) -> Speculative | Non
     )
 
 
-def _method(options: Mapping[str, Any]) -> str:
+def _method(options: Mapping[str, Any], built_in: bool) -> str:
     """Return the method. If only a model is given, the method follows from the model's name, as in vLLM."""
     method, model = options.get("method"), options.get("model")
     if isinstance(method, str) and method.endswith("_mtp"):
@@ -209,6 +212,11 @@ def _method(options: Mapping[str, Any]) -> str:
     if method in LOOKUPS:
         if model is not None and (method != "ngram" or model not in NGRAM_MODELS):
             raise ParameterError(f"{FIELD}.model", model, f"has no effect on {method} drafts: leave it out")
+    elif model is None and built_in and method in BUILT_IN_DRAFTS:
+        if options.get("revision") is not None:
+            raise ParameterError(
+                f"{FIELD}.revision", options["revision"], "has no effect on the built-in drafter"
+            )
     elif not (isinstance(model, str) and model) and (method != MTP or model is not None):
         raise ParameterError(
             f"{FIELD}.model",

@@ -24,6 +24,8 @@ from vllmlite.weights.not_checkpoints import what_directory_is, what_it_is
 
 BUILT_IN = Path(__file__).parent.parent / "data" / "demo"
 """Directory of the built-in demo model."""
+BUILT_IN_DRAFTS = BUILT_IN.parent / "drafts"
+"""Directory with a subdirectory for each method of speculative decoding that has a drafter for the demo model."""
 BUILT_IN_NAME = "vllmlite-demo"
 """Name of the demo model in the server's API."""
 
@@ -69,6 +71,16 @@ def find_model(
     if not is_hub_id(name):
         raise ModelError(f"{name}: no such directory, and not a Hugging Face id (owner/name)")
     return _from_hub(name, revision, download_dir, weights)
+
+
+def built_in_draft(method: str) -> Path:
+    """Return the directory of what drafts for the built-in model by speculative ``method``. Raises ModelError."""
+    path = BUILT_IN_DRAFTS / method
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"this installation has no {method} drafter for the built-in model: reinstall vllmlite"
+        )
+    return path
 
 
 def is_hub_id(name: str) -> bool:

@@ -205,7 +205,7 @@ def build_runner(
     drafter, rejection, samples = None, None, plan.spec is None or plan.spec.stage.is_last
     models, caches = [model], [model.kv_spec]
     if draft is not None and options is not None:
-        choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model or 'its MTP layer'}"
+        choice += f"; drafts of up to {options.num_tokens} tokens from {draft.model or f'its {draft.method}'}"
         if options.probabilistic:
             rejection = RejectionSampler(backend)
         if samples:

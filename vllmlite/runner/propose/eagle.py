@@ -206,6 +206,8 @@ class EagleProposer(CachedProposer[EagleSequence]):
         slots, batch, normed, hidden = self._compute(asked, counts)
         if not slots:
             return
+        if self._rejection is not None:
+            self._rejection.begin(slots)
         drafts, known = [(slots, self._sample(normed, batch))], 1
         while going := [row for row, slot in enumerate(slots) if counts[slot] > known]:
             if len(going) < len(slots):

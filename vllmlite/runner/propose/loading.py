@@ -9,9 +9,9 @@ from typing import TypeAlias
 
 from vllmlite.backends.kv_cache import KVSpec
 from vllmlite.config.engine_config import KV_DTYPE_SYNONYMS, KV_DTYPES, EngineConfig
-from vllmlite.config.speculative import EAGLE, FIELD, MTP, DraftCheckpoint
+from vllmlite.config.speculative import BUILT_IN_DRAFTS, EAGLE, FIELD, MTP, DraftCheckpoint
 from vllmlite.errors import ParameterError
-from vllmlite.hub import find_model
+from vllmlite.hub import built_in_draft, find_model
 from vllmlite.models import load_planned
 from vllmlite.models.decoder import FINAL, Decoder
 from vllmlite.models.eagle import EagleHead, read_eagle
@@ -198,6 +198,8 @@ def _load_heads(
 
 def _find(config: EngineConfig, draft: DraftCheckpoint) -> Path:
     if draft.model is None:
+        if draft.method in BUILT_IN_DRAFTS:
+            return built_in_draft(draft.method)
         revision = draft.revision or config.revision
         return find_model(config.model, revision=revision, download_dir=config.download_dir)
     return find_model(draft.model, revision=draft.revision, download_dir=config.download_dir)
