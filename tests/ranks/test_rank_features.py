@@ -57,7 +57,6 @@ def beams(llm: LLM) -> Any:
 
 KINDS: dict[str, Callable[[], Answers]] = {
     "several": lambda: generated(temperature=1, seed=4, n=3),
-    "unseeded": lambda: generated(temperature=1),
     "narrow": lambda: generated(temperature=1, seed=2, top_k=5, top_p=0.9, min_p=0.05),
     "bias": lambda: generated(temperature=0, logit_bias={50: 5.0, 60: -100.0}),
     "bad words": lambda: generated(temperature=0, bad_words=["the", "sea"]),
