@@ -146,9 +146,21 @@ def test_gguf_files_change_embeddings_and_experts(base: Path, tmp_path: Path) ->
     """llama.cpp stores the first factor of an embedding transposed, and stacks the factors of experts."""
     a, b = random_factors({"embed": (HIDDEN, VOCAB)}, 4)["embed"]
     down_a, down_b = numbers(EXPERTS, 2, INNER), numbers(EXPERTS, HIDDEN, 2)
-    tensors = {"token_embd": (np.ascontiguousarray(a.T), b), "blk.1.ffn_down_exps": (down_a, down_b)}
+    embedding = np.ascontiguousarray(a.T), b
+    file = _gguf(tmp_path, {"token_embd": embedding, "blk.1.ffn_down_exps": (down_a, down_b)})
+    found = reader_of(base).read(file).weights
+    assert found.keys() == {"embedding", *(f"1.experts.{expert}.down" for expert in range(EXPERTS))}
+    np.testing.assert_array_equal(float_values(found["embedding"].a), a)
+    np.testing.assert_array_equal(float_values(found["1.experts.2.down"].b), down_b[2])
+    halves = down_a[:2], down_b.reshape(2, 2 * HIDDEN, 2)
+    for name, pair in (("blk.1.ffn_down_exps", halves), ("blk.1.attn_q", (down_a, down_b))):
+        with pytest.raises(ModelError, match=r"x.gguf: module 'blk.1.*experts; the base model has"):
+            reader_of(base).read(_gguf(tmp_path, {name: pair}))
+
+
+def _gguf(path: Path, tensors: Mapping[str, tuple[NDArray[np.float32], NDArray[np.float32]]]) -> Path:
     fields = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
-    file = tmp_path / "x.gguf"
+    file = path / "x.gguf"
     file.write_bytes(
         encode(
             fields,
@@ -159,10 +171,7 @@ def test_gguf_files_change_embeddings_and_experts(base: Path, tmp_path: Path) ->
             },
         )
     )
-    found = reader_of(base).read(file).weights
-    assert found.keys() == {"embedding", *(f"1.experts.{expert}.down" for expert in range(EXPERTS))}
-    np.testing.assert_array_equal(float_values(found["embedding"].a), a)
-    np.testing.assert_array_equal(float_values(found["1.experts.2.down"].b), down_b[2])
+    return file
 
 
 def _with(more: Tensors, **config: Any) -> tuple[Tensors, dict[str, Any]]:

@@ -41,6 +41,11 @@ class Module:
         """Whether the module is the input embedding, whose inputs are token ids."""
         return self.parts[0][0] == EMBEDDING
 
+    @property
+    def num_experts(self) -> int:
+        """Number of experts whose weights it holds one after another; 0 if it holds no experts."""
+        return len(self.parts) if ".experts." in self.parts[0][0] and self.parts[0][1].rows is not None else 0
+
     def expert(self, index: int, count: int) -> Module:
         """Return the part for expert ``index`` of a module that holds ``count`` experts one after another."""
         rows = self.out // count

@@ -265,7 +265,7 @@ class AdapterReader:
         for name, found in by_name.items():
             rank = found.factors["B"].shape[-1] if "B" in found.factors else 0
             scale = alpha / rank if alpha and rank else 1.0
-            for own, module in of_each_expert(found, modules.find(where, name)):
+            for own, module in of_each_expert(where, found, modules.find(where, name)):
                 changes |= self._changes(where, own, module, scale, rank)
         return changes
 

@@ -155,9 +155,11 @@ class Targets:
         return f"{tensors.name}.weight"
 
 
-def of_each_expert(tensors: ModuleTensors, module: Module) -> Iterator[tuple[ModuleTensors, Module]]:
+def of_each_expert(
+    where: str, tensors: ModuleTensors, module: Module
+) -> Iterator[tuple[ModuleTensors, Module]]:
     """Yield a module's factors from a GGUF file in PEFT's shapes, with the module: one pair, or one for each expert of
-    a mixture, which llama.cpp stacks."""
+    a mixture, which llama.cpp stacks. Raises ModelError, which begins with ``where``, for another number of experts."""
     factors = tensors.factors
     if module.is_embedding and "A" in factors:
         factors = {**factors, "A": transposed(factors["A"])}
@@ -166,8 +168,11 @@ def of_each_expert(tensors: ModuleTensors, module: Module) -> Iterator[tuple[Mod
         yield ModuleTensors(tensors.name, factors), module
         return
     (count, *others) = counts
-    if others or any(len(tensor.shape) != 3 for tensor in factors.values()) or module.out % count:
-        raise ModelError(f"module {tensors.name[:200]!r}: its factors are for different numbers of experts")
+    if others or any(len(tensor.shape) != 3 for tensor in factors.values()) or count != module.num_experts:
+        raise ModelError(
+            f"{where}: module {tensors.name[:200]!r}: its factors are for {sorted({count, *others})} experts; the base "
+            f"model has {module.num_experts}"
+        )
     for index in range(count):
         own = {factor: item(tensor, index) for factor, tensor in factors.items()}
         yield ModuleTensors(f"{tensors.name}[{index}]", own), module.expert(index, count)
