@@ -79,7 +79,7 @@ def command(checkpoint: Path, prompts: Path, max_tokens: int, **options: Any) ->
     prompts.write_text('{"prompt_token_ids": [3, 4, 5]}\n{"prompt_token_ids": [7, 8, 9, 10]}\n')
     return [
         sys.executable, "-m", "vllmlite", "generate", "--model", str(checkpoint), "--json", "-f", str(prompts),
-        "--max-tokens", str(max_tokens), "--temperature", "0", "--ignore-eos", "--max-num-seqs", "1",
+        "--max-tokens", str(max_tokens), "--temperature", "0", "--ignore-eos",
         *flags(OPTIONS | options),
     ]  # fmt: skip
 
@@ -92,7 +92,7 @@ def token_ids(output: str) -> list[Any]:
 def several(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Options of an engine on both hosts, which have a secret in common."""
     monkeypatch.setenv(SECRET_VARIABLE, "a secret of the two hosts")
-    return {"tensor_parallel_size": 2, "master_addr": ADDRESS}
+    return {"tensor_parallel_size": 2, "master_addr": ADDRESS, "max_num_seqs": 1}
 
 
 @pytest.mark.parametrize("disturbance", ["", "delay 3ms 1ms", "delay 3ms loss 2%"])

@@ -18,6 +18,7 @@ from vllmlite.backends.native import load_extension
 from vllmlite.engine_process.wire import pack, unpack
 from vllmlite.errors import BackendError, EngineDeadError, ModelError, VllmliteError
 from vllmlite.ranks.encoding import EncodingError
+from vllmlite.ranks.ending import kill, leave
 from vllmlite.ranks.handshake import Joined
 from vllmlite.ranks.host_messages import ENCODING, End, Left, RankFailed, RankPhase, RankReady, RankRefused
 from vllmlite.ranks.layout import Layout
@@ -37,8 +38,6 @@ SILENT_SECONDS = 3.5
 second."""
 WATCH_SECONDS = 0.25
 """Interval in seconds at which signs of life are checked. The end of a process is noticed at once."""
-JOIN_SECONDS = 2.0
-"""Maximum seconds to wait for the end of a thread that reads from a closed link."""
 SHUT_DOWN = "the engine has been shut down"
 
 
@@ -132,7 +131,7 @@ class RankGroup:
         self._thread.start()
         self._farewell = ENCODING.encode(End(SHUT_DOWN, False) if setups else Left(first))
         self._finalizer = weakref.finalize(
-            self, _leave, self.processes, self._sockets, self.ranks, self.links, self._farewell, listeners
+            self, leave, self.processes, self._sockets, self.ranks, self.links, self._farewell, listeners
         )
 
     def wait_until_ready(self, ranks: Sequence[int] | None = None) -> list[Ready]:
@@ -215,7 +214,7 @@ class RankGroup:
             link.close(goodbye)
 
     def _kill(self) -> None:
-        _kill(self.processes, self._sockets, getattr(self, "ranks", None))
+        kill(self.processes, self._sockets, getattr(self, "ranks", None))
 
     def watch_once(self, begun: float) -> bool:
         """Wait a little, handle the messages of this host's ranks, and check that all run. Returns False once the group
@@ -375,34 +374,3 @@ def _watch(reference: weakref.ref[RankGroup]) -> None:
         if group is None or not group.watch_once(begun):
             return
         del group
-
-
-def _kill(processes: Sequence[subprocess.Popen[bytes]], sockets: Sequence[socket.socket], ranks: Any) -> None:
-    """Kill the ranks' processes, and abort everything that waits for them."""
-    for process in processes:
-        process.kill()
-    if ranks is not None:
-        ranks.abort()
-    for process in processes:
-        process.wait()
-    for connection in sockets:
-        connection.close()
-
-
-def _leave(
-    processes: Sequence[subprocess.Popen[bytes]],
-    sockets: Sequence[socket.socket],
-    ranks: Any,
-    links: Sequence[Any],
-    farewell: bytes,
-    listeners: Sequence[threading.Thread],
-) -> None:
-    """End the ranks of a group that no longer exists or whose process ends, after sending all that they have written
-    to the other nodes."""
-    for link in links:
-        link.flush()
-        link.close(farewell)
-    _kill(processes, sockets, ranks)
-    for thread in listeners:
-        if thread is not threading.current_thread():
-            thread.join(JOIN_SECONDS)
