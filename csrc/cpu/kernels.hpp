@@ -50,8 +50,8 @@ struct GroupedLayout {
   int bits = 0;   // 4 or 8; 0: the weight holds floats
   int group = 0;  // columns in a group
   Float scale = Float::f16;
-  bool zeros = false;  // otherwise all zeros are 2^(bits - 1)
-  bool e4m3 = false;   // the values are 8-bit floats
+  bool zeros = false;   // otherwise all zeros are 2^(bits - 1)
+  bool floats = false;  // the values are floats: e2m1 of 4 bits, e4m3 of 8 bits
 
   constexpr int groups(int k) const { return (k + group - 1) / group; }
   constexpr std::size_t scale_bytes(int k) const {

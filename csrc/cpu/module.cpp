@@ -265,8 +265,9 @@ void bind_ops(py::class_<cpu::Runtime>& runtime) {
       .def(
           "grouped_part",
           [](cpu::Runtime& self, int bits, std::int64_t columns, std::int64_t group_size, const Tensor& qweight,
-             const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& order, bool e4m3) {
-            return cpu::grouped_part(self, {bits, columns, group_size, qweight, scales, zeros, order, e4m3});
+             const Tensor& scales, const std::optional<Tensor>& zeros, const std::optional<Tensor>& order,
+             bool floats) {
+            return cpu::grouped_part(self, {bits, columns, group_size, qweight, scales, zeros, order, floats});
           },
           py::call_guard<py::gil_scoped_release>(), "Repack rows of grouped integers into tiles.")
       .def(

@@ -67,7 +67,7 @@ struct GroupedWeight {
   std::int64_t columns, group_size;
   Tensor qweight, scales;
   std::optional<Tensor> zeros, order;
-  bool e4m3 = false;  // qweight holds 8-bit floats
+  bool floats = false;  // qweight holds floats: e2m1 of 4 bits, e4m3 of 8 bits
 };
 
 // Throws std::invalid_argument if the tensors of a stored weight do not fit together.

@@ -1,9 +1,5 @@
 #include "cpu/runtime.hpp"
 
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-
 #include <stdexcept>
 #include <utility>
 
@@ -50,9 +46,6 @@ void Runtime::discard_free() {
   flush();
   arena_->discard();
   recordings_arena_->discard();
-#ifdef __GLIBC__
-  (void)malloc_trim(0);
-#endif
 }
 
 void Runtime::begin_recording() {

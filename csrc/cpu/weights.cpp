@@ -58,7 +58,7 @@ void check_grouped(const GroupedWeight& stored) {
     if (std::any_of(index, index + stored.columns, [&](std::int32_t i) { return i < 0 || i >= stored.columns; }))
       throw std::invalid_argument("the order must hold columns");
   }
-  if (stored.e4m3) {
+  if (stored.floats && stored.bits == 8) {
     const auto* values = static_cast<const std::uint8_t*>(stored.qweight.data);
     if (std::any_of(values, values + stored.qweight.size(), [](std::uint8_t value) { return (value & 127) == 127; }))
       throw std::invalid_argument("a value is not a number");
@@ -70,7 +70,7 @@ LinearPart grouped_part(Runtime& runtime, const GroupedWeight& stored) {
   const std::int64_t rows = stored.qweight.shape[0], groups = divided_up(stored.columns, stored.group_size);
   LinearPart part{{}, rows, stored.columns, {}, stored.order};
   part.layout.bits = stored.bits;
-  part.layout.e4m3 = stored.e4m3;
+  part.layout.floats = stored.floats;
   part.layout.group = static_cast<int>(std::min(stored.group_size, stored.columns));
   part.layout.scale = float_of(stored.scales.dtype);
   part.layout.zeros = stored.zeros.has_value();

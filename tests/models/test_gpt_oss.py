@@ -58,7 +58,7 @@ def write_mxfp4(path: Path, largest: int = 0) -> None:
 
 @pytest.mark.parametrize("largest", [0, 7])
 def test_mxfp4_equals_transformers(tmp_path: Path, device: str, largest: int) -> None:
-    """Weights with a scale of 2 ** 7 are dequantised."""
+    """With ordinary and with large scales."""
     if device == "native-cuda":
         pytest.skip("gpt-oss runs on cpu, torch only")
     write_mxfp4(tmp_path, largest)

@@ -35,13 +35,13 @@ def grouped(
     rows: int, columns: int, bits: Any = 4, size: int | None = 32, *, symmetric: bool = False,
     scales: str = "float16", order: bool = False, seed: int = 0, int8_input: bool = False,
 ) -> PackedWeight:  # fmt: skip
-    """``bits`` "e4m3": floats of 8 bits."""
-    e4m3 = bits == "e4m3"
-    bits, symmetric = (8, True) if e4m3 else (bits, symmetric)
+    """``bits`` "e2m1" and "e4m3": floats of 4 and 8 bits."""
+    floats = bits in ("e2m1", "e4m3")
+    bits, symmetric = (4 if bits == "e2m1" else 8, True) if floats else (bits, symmetric)
     generator = np.random.default_rng([rows, columns, seed])
     shape = rows, group_count(columns, size)
     drawn = generator.integers(0, 1 << bits, (rows, columns)).astype(np.uint8)
-    if e4m3:
+    if floats and bits == 8:
         drawn[drawn & 127 == 127] = 0x84  # no NaN; subnormal numbers instead
     codes = pack_rows(drawn, bits)
     parts = {
@@ -54,7 +54,7 @@ def grouped(
     if order:
         columns_of = generator.permutation(columns).astype("<i4")
         parts[ORDER] = HostTensor("int32", (columns,), columns_of.view(np.uint8))
-    scheme = GroupedScheme(bits, size, symmetric, int8_input=int8_input, e4m3=e4m3)
+    scheme = GroupedScheme(bits, size, symmetric, int8_input=int8_input, floats=floats)
     return PackedWeight(scheme, (rows, columns), parts)
 
 
@@ -73,7 +73,7 @@ def dequantized_product(backend: CpuBackend, x: Array, weight: PackedWeight) -> 
 
 
 part = st.tuples(
-    st.integers(1, 40), st.sampled_from([4, 8, "e4m3"]), st.sampled_from([32, 64, 128, None]), st.booleans(),
+    st.integers(1, 40), st.sampled_from([4, 8, "e2m1", "e4m3"]), st.sampled_from([32, 64, 128, None]), st.booleans(),
     st.sampled_from(["float16", "bfloat16"]), st.booleans(),
 )  # fmt: skip
 
@@ -131,11 +131,14 @@ def test_scales_in_float32(isa: str, bits: int) -> None:
 
 @each_isa
 @each_dtype
-@pytest.mark.parametrize("size", [128, None])
-def test_e4m3_with_scales_in_float32(isa: str, dtype: str, size: int | None) -> None:
-    """All values, with the scales that fp8 checkpoints have."""
+@pytest.mark.parametrize(
+    ("bits", "size", "scales"),
+    [("e4m3", 128, "float32"), ("e4m3", None, "float32"), ("e2m1", 32, "bfloat16")],
+)
+def test_all_values_of_floats(isa: str, dtype: str, bits: str, size: int | None, scales: str) -> None:
+    """With the scales that fp8 and MXFP4 checkpoints have."""
     backend = CpuBackend(dtype, threads=2, isa=isa)
-    packed = grouped(40, 2300, "e4m3", size, scales="float32")
+    packed = grouped(40, 2300, bits, size, scales=scales)
     weight = backend.linear_weight([packed])
     x = random(33, 2300, seed=1)
     found = backend.to_host(backend.linear(backend.tensor(x), weight))
@@ -168,8 +171,8 @@ def test_products_that_quantise_activations(isa: str, rows: int, columns: int, p
     """They are those of the dequantised weight with the rounded x, to the last bit at every number of rows."""
     backend = CpuBackend(threads=2, isa=isa)
     packed = [
-        grouped(out, columns, 4 if bits == "e4m3" else bits, size, symmetric=symmetric, scales=scales, order=order,
-                seed=index, int8_input=True)
+        grouped(out, columns, bits if isinstance(bits, int) else 4, size, symmetric=symmetric, scales=scales,
+                order=order, seed=index, int8_input=True)
         for index, (out, bits, size, symmetric, scales, order) in enumerate(parts)
     ]  # fmt: skip
     x = random(rows, columns, seed=1)

@@ -144,7 +144,7 @@ def test_a_full_disk_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.Monk
     for place in ("os.posix_fallocate", "vllmlite.weights.writer.TensorFile.flush"):
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
-            with pytest.raises(ModelError, match="the disk is full; the same command goes on"):
+            with pytest.raises(ModelError, match="the disk is full: repeat the command once there is space"):
                 quantize_checkpoint(source, tmp_path / "made", "gptq", group_size=32)
         assert {path.name for path in tmp_path.iterdir()} == {"source", ".made.partial"}
     quantize_checkpoint(source, tmp_path / "made", "gptq", group_size=32)

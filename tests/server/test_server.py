@@ -327,7 +327,7 @@ BAD: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (COMPLETIONS, {"prompt": "x " * 400}, 400, "prompt", "maximum context length"),
     (COMPLETIONS, {"prompt": "x " * 400, "stream": True}, 400, "prompt", "maximum context length"),
     (COMPLETIONS, {"prompt": "x" * 1_000_000}, 400, "prompt", "maximum context length"),
-    (COMPLETIONS, {"prompt": "\ud800"}, 400, "prompt", "Unicode"),
+    (COMPLETIONS, {"prompt": "\ud800"}, 400, "prompt", "surrogates"),
     (COMPLETIONS, {"prompt": "x", "temperature": -1}, 400, "temperature", "at least 0"),
     (COMPLETIONS, {"prompt": "x", "temperature": "hot"}, 400, "temperature", "valid number"),
     (COMPLETIONS, {"prompt": "x", "top_k": 10**20}, 400, "top_k", "2147483647"),

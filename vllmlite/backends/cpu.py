@@ -65,6 +65,7 @@ class CpuBackend(NativeBackend):
             "w8a8_grouped",
             "w4a16",
             "w8a16",
+            "f4a16",
             "f8a16",
             *(name for name, scheme in BLOCK_SCHEMES.items() if scheme.tiles is not None),
         )
@@ -161,7 +162,7 @@ class CpuBackend(NativeBackend):
         """Return ``part`` as a part of the extension's ``LinearWeight``."""
         if isinstance(part, HostTensor) or not _keeps_activations(part.scheme):
             raise unusable(part, self)
-        return self._of_groups(self._runtime.grouped_part, part, part.scheme.name == "f8a16")
+        return self._of_groups(self._runtime.grouped_part, part, part.scheme.name in ("f4a16", "f8a16"))
 
     def _of_groups(self, make: Any, part: PackedWeight, *more: Any) -> Any:
         scheme, columns = part.scheme, part.shape[1]

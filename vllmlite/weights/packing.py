@@ -53,7 +53,7 @@ class Packing:
                 return stored if native else stored.tiles
         elif isinstance(stored, GroupedScheme) or (isinstance(stored, GroupableScheme) and not native):
             grouped = stored if isinstance(stored, GroupedScheme) else stored.grouped
-            if grouped is not None and not grouped.e4m3 and self.int8_activations:
+            if grouped is not None and not grouped.floats and self.int8_activations:
                 grouped = replace(grouped, int8_input=True)
             return grouped if grouped is not None and grouped.name in self.backend.schemes else None
         elif stored is not None:

@@ -1,4 +1,4 @@
-// Products with grouped integer or 8-bit float (e4m3) weights. The weights are dequantised in registers or, for many
+// Products with grouped integer or float (e2m1, e4m3) weights. The weights are dequantised in registers or, for many
 // rows of x, into scratch memory, once for all rows, and are then multiplied in the way of float weights. So a product
 // has the same bits as with the dequantised weight, and a row's result does not depend on the rows beside it.
 #pragma once
@@ -231,7 +231,7 @@ void grouped(const LinearBlock& block) {
 
 template <typename P>
 void grouped(const LinearBlock& block) {
-  if (block.layout.e4m3) return grouped<P, kE4m3>(block);
+  if (block.layout.floats) return block.layout.bits == 4 ? grouped<P, kE2m1>(block) : grouped<P, kE4m3>(block);
   return block.layout.bits == 4 ? grouped<P, 4>(block) : grouped<P, 8>(block);
 }
 
@@ -270,7 +270,7 @@ void amx_grouped(const LinearBlock& block) {
 }
 
 inline void amx_grouped(const LinearBlock& block) {
-  if (block.layout.e4m3) return amx_grouped<kE4m3>(block);
+  if (block.layout.floats) return block.layout.bits == 4 ? amx_grouped<kE2m1>(block) : amx_grouped<kE4m3>(block);
   return block.layout.bits == 4 ? amx_grouped<4>(block) : amx_grouped<8>(block);
 }
 

@@ -25,8 +25,9 @@ struct GroupConstants {
       const auto* from = reinterpret_cast<const typename T::Item*>(tile) + first;
       for (int i = 0; i < items; i += kLanes) store(scale + i, T::load(from + i));
     });
-    if (layout.e4m3) {
-      for (int i = 0; i < items; i += kLanes) store(scale + i, load<F>(scale + i) * kE4m3Unit);
+    if (layout.floats) {
+      const float unit = layout.bits == 8 ? kE4m3Unit : 1.0F;
+      for (int i = 0; i < items; i += kLanes) store(scale + i, load<F>(scale + i) * unit);
       return;
     }
     for (int i = 0; i < items; i += kLanes) {
@@ -37,8 +38,8 @@ struct GroupConstants {
   }
 };
 
-// The number of bits that stands for e4m3 where templates take one: integers have 4 or 8.
-inline constexpr int kE4m3 = -8;
+// The numbers of bits that stand for floats where templates take one: integers have 4 or 8.
+inline constexpr int kE2m1 = -4, kE4m3 = -8;
 constexpr int stored_bits(int bits) { return bits < 0 ? -bits : bits; }
 
 // ---- Blocks: quantised values of a row that are loaded together. Value i of a block's vector j is in lane i, above
@@ -61,18 +62,36 @@ struct Quants32 {
 
 #if defined(__AVX512F__)
 // Looks each element up in a table of the 16 dequantised values of its group.
+template <int kBits>
 struct Table32 : Quants32<4> {
   using Group = F;
   static VLLMLITE_INLINE Group group(float scale, float offset) {
     const F quants = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return fma(quants, set(scale), set(offset));
+    const F e2m1 = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6};
+    return kBits == kE2m1 ? e2m1 * set(scale) : fma(quants, set(scale), set(offset));
   }
   static VLLMLITE_INLINE F values(Raw raw, int vector, Group group) {
     return (F)_mm512_permutexvar_ps((__m512i)(raw >> (vector * 4)), (__m512)group);
   }
 };
 #else
-using Table32 = Quants32<4>;
+// e2m1: a sign, an exponent of two bits and a fraction of one. Twice the value is an integer.
+struct E2m1Values : Quants32<4> {
+  using Group = F;
+  static VLLMLITE_INLINE Group group(float scale, float /*offset*/) { return set(scale * 0.5F); }
+  static VLLMLITE_INLINE F values(Raw raw, int vector, Group half) {
+    const U code = raw >> (vector * 4);
+    const U exponent = code >> 1 & 3, is_normal = (U)(exponent != 0) & 1;
+    const U doubled = ((code & 1) | is_normal << 1) << (exponent - is_normal);
+    return (F)((U)(__builtin_convertvector((I)doubled, F) * half) ^ (code & 8) << 28);
+  }
+};
+
+template <int kBits>
+struct Table32 : Quants32<4> {};
+
+template <>
+struct Table32<kE2m1> : E2m1Values {};
 #endif
 
 // e4m3: its bits are put where float32 has them, and the group's scale makes up for the exponents' bias. Infinite
@@ -96,20 +115,23 @@ template <>
 struct QuantBlock<FloatProduct<F32>, kE4m3> : E4m3Values {};
 
 template <>
-struct QuantBlock<FloatProduct<F32>, 4> : Table32 {};
+struct QuantBlock<FloatProduct<F32>, 4> : Table32<4> {};
+
+template <>
+struct QuantBlock<FloatProduct<F32>, kE2m1> : Table32<kE2m1> {};
 
 template <>
 struct QuantBlock<FloatProduct<F32>, 8> : Quants32<8> {};
 
 #if defined(__AVX512BF16__)
-template <>
-struct QuantBlock<Bf16Product, 4> {
+template <int kBits>
+struct Table16 {
   static constexpr int kVectors = 4;
   static constexpr int kLaneBytes = 2;
   using Raw = U;
   using Group = __m512i;
   static VLLMLITE_INLINE Group group(float scale, float offset) {
-    const auto table = (__m512)Table32::group(scale, offset);
+    const auto table = (__m512)Table32<kBits>::group(scale, offset);
     return (__m512i)_mm512_cvtne2ps_pbh(table, table);  // the fifth bit of an index has no effect
   }
   static VLLMLITE_INLINE __m512bh values(Raw raw, int vector, Group group) {
@@ -117,6 +139,12 @@ struct QuantBlock<Bf16Product, 4> {
                                               group);
   }
 };
+
+template <>
+struct QuantBlock<Bf16Product, 4> : Table16<4> {};
+
+template <>
+struct QuantBlock<Bf16Product, kE2m1> : Table16<kE2m1> {};
 
 template <typename Half>
 struct HalvesBlock {

@@ -7,6 +7,9 @@ from numpy.typing import NDArray
 
 from vllmlite.weights.host import Floats, HostTensor
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+"""The values of the 16 codes of e2m1, a float of 4 bits."""
+
 
 def words(tensor: HostTensor) -> NDArray[np.uint32]:
     """Return the elements of an int32 tensor as uint32."""

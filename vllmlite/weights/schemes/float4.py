@@ -18,9 +18,8 @@ from fractions import Fraction
 import numpy as np
 
 from vllmlite.weights.host import Floats, HostTensor, PackedWeight, Part, Shape, float_tensor, float_values
-from vllmlite.weights.schemes.bits import pack_rows, table_values, unpack_rows
+from vllmlite.weights.schemes.bits import E2M1, pack_rows, table_values
 from vllmlite.weights.schemes.codes import StoredCodes
-from vllmlite.weights.schemes.float8 import MAX_GROUPED_SCALE, float8
 from vllmlite.weights.schemes.gguf_blocks import block_data
 from vllmlite.weights.schemes.grouped import (
     GROUP_UNIT,
@@ -31,9 +30,6 @@ from vllmlite.weights.schemes.grouped import (
     Repack,
 )
 from vllmlite.weights.schemes.groups import Axes, SlicedScheme, check_scales, check_shape
-
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
-"""The values of the 16 codes of e2m1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +87,7 @@ class Float4Scheme(GroupableScheme):
     def dequantize(self, weight: PackedWeight) -> Floats:
         """Return the values of ``weight`` as float32. Raises ModelError for scales that are not finite."""
         scales = self._scales(weight)
-        values = table_values(weight.parts[self.codes].data, VALUES, high_first=False)
+        values = table_values(weight.parts[self.codes].data, E2M1, high_first=False)
         scaled = values.reshape(*scales.shape, self.block) * scales[..., None]
         return scaled.reshape(weight.shape)
 
@@ -108,20 +104,18 @@ class Float4Scheme(GroupableScheme):
 
     @property
     def grouped(self) -> GroupedScheme | None:
-        """Return the scheme of :meth:`to_grouped`, e4m3, which has all values of e2m1; None for blocks that are no
-        multiple of :data:`GROUP_UNIT`."""
-        return None if self.block % GROUP_UNIT else GroupedScheme(8, self.block, True, e4m3=True)
+        """Return the scheme of :meth:`to_grouped`; None for blocks that are no multiple of :data:`GROUP_UNIT`."""
+        return None if self.block % GROUP_UNIT else GroupedScheme(4, self.block, True, floats=True)
 
     def to_grouped(self, weight: PackedWeight, repack: Repack = StoredCodes.repacked) -> PackedWeight | None:
-        """Convert ``weight`` to :attr:`grouped`, without rounding; None for scales that its kernels do not take."""
-        scheme, (rows, columns), scales = self.grouped, weight.shape, self._scales(weight)
-        if scheme is None or scales.max(initial=0) >= MAX_GROUPED_SCALE:
+        """Convert ``weight`` to :attr:`grouped`, without rounding; None if there is no such scheme."""
+        scheme, (rows, columns) = self.grouped, weight.shape
+        if scheme is None:
             return None
-        codes = unpack_rows(weight.parts[self.codes].data.reshape(rows, -1), 4, columns)
-        values = float8(VALUES).take(codes)
+        codes = weight.parts[self.codes].data
         parts = {
-            QWEIGHT: HostTensor("uint8", values.shape, values.reshape(-1)),
-            SCALES: float_tensor(scales, "bfloat16"),
+            QWEIGHT: HostTensor("uint8", (rows, columns // 2), codes),
+            SCALES: float_tensor(self._scales(weight), "bfloat16"),
         }
         return PackedWeight(scheme, weight.shape, parts)
 

@@ -152,7 +152,7 @@ class Float8Scheme(GroupableScheme):
         """The scheme of :meth:`to_grouped`; None if the size of groups is no multiple of :data:`GROUP_UNIT`."""
         if self.granularity == "block" and self.block[1] % GROUP_UNIT:
             return None
-        return GroupedScheme(8, self.block[1] if self.granularity == "block" else None, True, e4m3=True)
+        return GroupedScheme(8, self.block[1] if self.granularity == "block" else None, True, floats=True)
 
     def to_grouped(self, weight: PackedWeight, repack: Repack = StoredCodes.repacked) -> PackedWeight | None:
         """Convert ``weight`` to the scheme :attr:`grouped`, without rounding. ModelError for scales that are not

@@ -1,4 +1,5 @@
-"""Weights with a scale for each group of a row: one form for AWQ, GPTQ and compressed-tensors, and for e4m3.
+"""Weights with a scale for each group of a row: one form for AWQ, GPTQ and compressed-tensors, and for e4m3
+and MXFP4.
 
 A weight ``[N, K]`` with G groups in a row (one, if ``group_size`` is None; the last one may be short) has
 
@@ -9,8 +10,8 @@ A weight ``[N, K]`` with G groups in a row (one, if ``group_size`` is None; the 
 - ``order`` int32 ``[K]`` if groups are not runs of columns in the checkpoint: the codes in column j of ``qweight`` are
   those of the weight's column ``order[j]``, so that groups are runs of packed columns.
 
-An element is (code - zero) * scale. No conversion to this form rounds. With ``e4m3``, codes are 8-bit floats, and an
-element is the code's value times the scale.
+An element is (code - zero) * scale. No conversion to this form rounds. With ``floats``, codes are
+floats, e2m1 of 4 bits or e4m3 of 8 bits, and an element is the code's value times the scale.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 
 from vllmlite.errors import ModelError
 from vllmlite.weights.host import ITEM_SIZE, Floats, HostTensor, PackedWeight, Part, Shape, float_values
-from vllmlite.weights.schemes.bits import unpack_rows
+from vllmlite.weights.schemes.bits import E2M1, unpack_rows
 from vllmlite.weights.schemes.codes import Bytes, StoredCodes
 from vllmlite.weights.schemes.groups import (
     Axes,
@@ -46,21 +47,21 @@ GROUP_UNIT = 32
 @dataclass(frozen=True, slots=True)
 class GroupedScheme(SlicedScheme):
     """``bits``: 4 or 8. ``group_size`` None: a row is one group. ``int8_input``: products quantise activations as those
-    of :mod:`.tiles` do. ``e4m3``: the 8 bits are a float's."""
+    of :mod:`.tiles` do. ``floats``: codes are floats."""
 
     bits: int
     group_size: int | None
     symmetric: bool
     int8_input: bool = False
-    e4m3: bool = False
+    floats: bool = False
 
     @property
     def name(self) -> str:  # type: ignore[override]
-        """``w4a16``, ``w8a16`` or ``f8a16``, whose products leave activations in the backend's dtype; ``w4a8_grouped``
-        or ``w8a8_grouped``."""
-        if self.e4m3:
-            return "f8a16"
-        return f"w{self.bits}a8_grouped" if self.int8_input else f"w{self.bits}a16"
+        """``w4a16``, ``w8a16``, ``f4a16`` or ``f8a16``, whose products leave activations in the backend's dtype;
+        ``w4a8_grouped`` or ``w8a8_grouped``."""
+        if self.int8_input:
+            return f"w{self.bits}a8_grouped"
+        return f"{'f' if self.floats else 'w'}{self.bits}a16"
 
     @property
     def input_dtype(self) -> str | None:
@@ -101,9 +102,13 @@ class GroupedScheme(SlicedScheme):
         rows, columns = weight.shape
         scales, zeros, qweight = weight.parts[SCALES], weight.parts.get(ZEROS), weight.parts[QWEIGHT]
         codes = unpack_rows(qweight.data.reshape(rows, -1), self.bits, columns)
-        middle = 0 if self.e4m3 else 1 << (self.bits - 1)
+        middle = 0 if self.floats else 1 << (self.bits - 1)
+        if self.floats:
+            values = (
+                E2M1.take(codes) if self.bits == 4 else float_values(replace(qweight, dtype="float8_e4m3"))
+            )
         packed = scaled(
-            float_values(replace(qweight, dtype="float8_e4m3")) if self.e4m3 else codes,
+            values if self.floats else codes,
             middle if zeros is None else zeros.data.reshape(zeros.shape),
             float_values(scales),
             group_indices(weight, self.group_size, scales.shape[1]),
