@@ -158,6 +158,23 @@ def check_frequencies(counts: Counter[Context], expected: dict[Context, float]) 
     assert (chi_square / freedom) ** (1 / 3) < 1 - 2 / (9 * freedom) + 3.7 * (2 / (9 * freedom)) ** 0.5
 
 
+def test_a_draft_that_is_left_out_of_the_step_is_verified() -> None:
+    """A grammar leaves out drafts that it forbids, whose positions would else follow p too often where q is higher."""
+    target = np.array([0.5, 0.2, 0.3, 0.0], np.float32)
+    other = np.array([0.1, 0.3, 0.2, 0.4], np.float32)
+    counts: Counter[Context] = Counter()
+    draw = np.random.default_rng(5)
+    for seed in range(3000):
+        sampler = RejectionSampler(cast(Any, SimpleNamespace(gives_probabilities=True)))
+        sampler.admit(0, SlotParams(temperature=1.0, seed=seed))
+        sampler.begin([0])
+        place = int(other.cumsum().searchsorted(draw.random() * other.sum()))
+        sampler.add(0, 7, place, place, other)
+        (found,) = sampler._verified(0, [], 7, target[None])
+        counts[(found,)] += 1
+    check_frequencies(counts, {(token_id,): float(p) for token_id, p in enumerate(target) if p})
+
+
 @pytest.mark.parametrize("similar", [False, True])
 def test_rejection_sampling_follows_the_target(similar: bool) -> None:
     """For random distributions of the model and the drafter, of which each has ids that the other has not."""
@@ -180,7 +197,7 @@ def test_rejection_sampling_follows_the_target(similar: bool) -> None:
         for number, other in zip(draw.random(2), others, strict=True):
             place = int(other.cumsum().searchsorted(number * other.sum()))
             drafts.append(int(ids[place]))
-            sampler.add(0, drafts[-1], place, other, ids)
+            sampler.add(0, 6 + len(drafts), drafts[-1], place, other, ids)
         found = sampler._verified(0, drafts, 7, targets)
         counts[(found[0], found[1] if len(found) > 1 else -1)] += 1
     first, second = (

@@ -253,8 +253,7 @@ class ModelRunner:
             if not schedule.beams or _drawing_rows(schedule):
                 if self.keeps_probabilities:
                     launched.probabilities = self.backend.probabilities(logits, self.slots, device_batch)
-                verified = batch if schedule.drafts else None
-                launched.sampled, accepted = self._sample(logits, device_batch, verified)
+                launched.sampled, accepted = self._sample(logits, device_batch, batch)
                 launched.accepted = accepted if schedule.drafts else None
         launched.prompt_logprobs = [
             chunk
@@ -418,12 +417,12 @@ class ModelRunner:
         return cast(AdaptableModel, self.model).logits(hidden, adapters)
 
     def _sample(
-        self, logits: Tensor, batch: ForwardBatch, verified: ForwardBatch | None = None
+        self, logits: Tensor, batch: ForwardBatch, host: ForwardBatch | None = None
     ) -> tuple[Sampled, Tensor]:
-        """Sample from the logits of an uploaded batch; also returns which of the ids are accepted. ``verified`` is the
-        host's batch if it has drafts."""
-        if verified is not None and self._rejection is not None:
-            sampled = self._rejection.sample(logits, self.slots, verified, batch)
+        """Sample from the logits of an uploaded batch; also returns which of the ids are accepted. Drafts that were
+        drawn at random are verified if ``host`` is the same batch on the host."""
+        if self._rejection is not None and host is not None and self._rejection.concerns(host):
+            sampled = self._rejection.sample(logits, self.slots, host, batch)
         else:
             sampled = self.backend.sample(logits, self.slots, batch)
         return sampled, self.backend.accept(sampled.ids, self.slots, batch)

@@ -85,7 +85,8 @@ class ModelProposer(CachedProposer[DraftedSequence]):
                 asked[slot].drafts.append(token_id)
             if self._rejection is not None:
                 for (slot, token_id), row in zip(drafted, to_host(probabilities), strict=True):
-                    self._rejection.add(slot, token_id, token_id, row)
+                    position = len(asked[slot].token_ids) + len(asked[slot].drafts) - 1
+                    self._rejection.add(slot, position, token_id, token_id, row)
         for sequence in asked.values():
             sequence.drafts = list(takewhile(lambda token_id: token_id < self._vocab_size, sequence.drafts))
 

@@ -230,7 +230,8 @@ class EagleProposer(CachedProposer[EagleSequence]):
         if self._rejection is not None:
             rows = self._backend.to_host(sampled.probabilities)
             for slot, token_id, place, row in zip(slots, token_ids[0].tolist(), places[0], rows, strict=True):
-                self._rejection.add(slot, token_id, place, row, self.head.target_ids)
+                position = len(asked[slot].token_ids) + len(asked[slot].drafts) - 1
+                self._rejection.add(slot, position, token_id, place, row, self.head.target_ids)
 
     def _chain(
         self, slots: list[int], starts: list[int], hidden: Tensor, steps: int

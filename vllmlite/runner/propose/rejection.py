@@ -31,6 +31,7 @@ _DRAWING, _ACCEPTANCE = 0xA0761D6478BD642F, 0xE7037ED1A0B428DB
 class Drawn:
     """A draft, and the distribution from which it was drawn."""
 
+    position: int
     token_id: int
     probability: float
     """Probability of ``token_id``."""
@@ -46,7 +47,7 @@ class Drawn:
             rest[:size] -= self.probabilities[:size]
         else:
             np.subtract.at(rest, self.ids, self.probabilities)
-        rest[self.token_id] = 0.0
+        rest[self.token_id : self.token_id + 1] = 0.0
         return np.maximum(rest, 0.0)
 
 
@@ -90,14 +91,20 @@ class RejectionSampler:
     def add(
         self,
         slot: int,
+        position: int,
         token_id: int,
         place: int,
         probabilities: NDArray[np.float32],
         ids: NDArray[np.int32] | None = None,
     ) -> None:
-        """Record that ``token_id``, which is entry ``place`` of ``probabilities``, was drafted for ``slot``. ``ids``
-        are the ids of the entries; None: entry i belongs to id i."""
-        self._drawn[slot].append(Drawn(token_id, float(probabilities[place]), ids, probabilities))
+        """Take note that ``token_id`` was drafted for ``position`` in ``slot``, entry ``place`` of ``probabilities``;
+        ``ids`` are the ids of the entries, if not their numbers."""
+        self._drawn[slot].append(Drawn(position, token_id, float(probabilities[place]), ids, probabilities))
+
+    def concerns(self, batch: ForwardBatch) -> bool:
+        """Return whether drafts were drawn for a slot from which ``batch`` samples. They need not be in the batch: a
+        draft that a grammar forbids, for example, is left out, and counts as rejected."""
+        return not self._drawn.keys().isdisjoint(batch.sample_slots.tolist())
 
     def sample(self, logits: Tensor, slots: Slots, batch: ForwardBatch, uploaded: Tensor) -> Sampled:
         """Choose ids as ``Backend.sample`` does, but verify drafts by rejection sampling, after waiting for the logits.
@@ -124,26 +131,29 @@ class RejectionSampler:
 
     def _verified(self, slot: int, drafts: list[int], position: int, found: NDArray[np.float32]) -> list[int]:
         """Return the accepted ones of ``drafts``, and the id after them. ``found`` are the model's distributions at the
-        positions from ``position``."""
-        seed = self._params[slot].seed
-        for count, (draft, target) in enumerate(zip(drafts, found, strict=False)):
-            drawn = self._drawn_as(slot, count, draft)
-            own = 1.0 if drawn is None else drawn.probability
-            if uniform((seed + _ACCEPTANCE) % 2**64, position + count) * own < target[draft]:
-                continue
-            rest = np.zeros(0) if drawn is None else drawn.subtracted_from(target)
-            if not rest.any():  # the draft was not drawn, or p and q are equal but for rounding
-                rest = target.astype(np.float64)
-                rest[draft] = 0.0
-            return [*drafts[:count], _draw(rest, uniform(seed, position + count))]
-        last = len(drafts)
-        return [*drafts, _draw(found[last].astype(np.float64), uniform(seed, position + last))]
+        positions from ``position``: one for each draft, and one more.
 
-    def _drawn_as(self, slot: int, count: int, draft: int) -> Drawn | None:
-        """Return how draft number ``count`` of ``slot``, which is ``draft``, was drawn; None if it was not drawn at
-        random."""
-        drawn = self._drawn.get(slot, [])
-        return drawn[count] if count < len(drawn) and drawn[count].token_id == draft else None
+        A draft that was drawn for the last position, but is not in the step, is verified as well: why it was left out
+        may depend on its id, and then an id drawn from p would not make up for it."""
+        seed, drawn = self._params[slot].seed, {each.position: each for each in self._drawn.pop(slot, [])}
+        for count, target in enumerate(found):
+            at = position + count
+            draft = drafts[count] if count < len(drafts) else None
+            one = drawn.get(at)
+            if draft is not None and (one is None or one.token_id != draft):
+                one = Drawn(at, draft, 1.0, np.array([draft], np.int32), np.ones(1, np.float32))
+            if one is None:
+                return [*drafts, _draw(target.astype(np.float64), uniform(seed, at))]
+            chance = target[one.token_id] if one.token_id < len(target) else 0.0
+            if uniform((seed + _ACCEPTANCE) % 2**64, at) * one.probability >= chance:
+                rest = one.subtracted_from(target)
+                if not rest.any():  # p and q are equal but for rounding
+                    rest = target.astype(np.float64)
+                    rest[one.token_id : one.token_id + 1] = 0.0
+                return [*drafts[:count], _draw(rest, uniform(seed, at))]
+            if draft is None:
+                return [*drafts, one.token_id]
+        raise AssertionError("there is a distribution for each draft, and one more")
 
 
 def _draw(weights: NDArray[np.float64], number: float) -> int:
