@@ -52,6 +52,12 @@ FLAGS: list[tuple[list[str], str, Any]] = [
     (["-tp", "2"], "tensor_parallel_size", 2),
     (["-pp", "2"], "pipeline_parallel_size", 2),
     (["--distributed-executor-backend", "mp"], "distributed_executor_backend", "mp"),
+    (["--nnodes", "2", "-tp", "2"], "nnodes", 2),
+    (["--node-rank", "1", "--nnodes", "2", "-tp", "2"], "node_rank", 1),
+    (["--master-addr", "10.0.0.1"], "master_addr", "10.0.0.1"),
+    (["--master-port", "4000"], "master_port", 4000),
+    (["--ranks-secret-file", "f"], "ranks_secret_file", "f"),
+    (["--distributed-timeout-seconds", "9"], "distributed_timeout_seconds", 9),
     (["--cpu-isa", "avx2"], "cpu_isa", "avx2"),
     (["--quantization", "int4"], "quantization", "int4"),
     (["--quantize-head", "int8"], "quantize_head", "int8"),
@@ -93,6 +99,11 @@ FLAGS: list[tuple[list[str], str, Any]] = [
 ]
 
 
+NODES: dict[str, Any] = {"nnodes": 2, "tensor_parallel_size": 2}
+NEEDED: dict[str, dict[str, Any]] = {"revision": {"model": "m"}, "nnodes": NODES, "node_rank": NODES}
+"""Options without which another is refused."""
+
+
 def parser() -> OptionParser:
     made = OptionParser(prog="x")
     add_engine_arguments(made)
@@ -122,8 +133,8 @@ def test_every_field_is_documented_and_has_a_tested_flag() -> None:
 )
 def test_flag(argv: list[str], name: str, value: Any) -> None:
     assert getattr(from_flags(*argv), name) == value
-    model = {"model": "m"} if name == "revision" else {}
-    assert getattr(EngineConfig(**{**model, name: value}), name) == value
+    others = NEEDED.get(name, {})
+    assert getattr(EngineConfig(**{**others, name: value}), name) == value
 
 
 @pytest.mark.parametrize(
