@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from vllmlite.backends.base import Backend
 from vllmlite.config.engine_config import EngineConfig
@@ -22,11 +22,6 @@ from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import open_stored
 from vllmlite.models.plan import Plan
-from vllmlite.ranks.group import RankGroup
-from vllmlite.ranks.messages import BackendFacts
-from vllmlite.ranks.ray_nodes import start_on_ray
-from vllmlite.ranks.runner import ParallelRunner
-from vllmlite.ranks.start import start_ranks
 from vllmlite.runner.build import BuiltRunner, build_runner, plan_for
 from vllmlite.runner.cache_tiers import cache_tiers, saved_prefixes
 from vllmlite.runner.generation_config import default_params, eos_ids, generation_config, reasoning_marks
@@ -36,6 +31,11 @@ from vllmlite.runner.sizes import batched_tokens, mixed_tokens
 from vllmlite.runner.sleep import sleep_mode
 from vllmlite.sampling_params import SamplingParams
 from vllmlite.tokenizers.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from vllmlite.ranks.group import RankGroup
+    from vllmlite.ranks.messages import BackendFacts
+    from vllmlite.ranks.runner import ParallelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +81,17 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     if speculative is not None and speculative.draft is not None and tokenizer is not None:
         check_vocabulary(config, speculative.draft, tokenizer)
     built: BuiltRunner[ModelRunner] | BuiltRunner[ParallelRunner]
-    several = config.num_ranks > 1
+    # Imported where they are needed: one rank starts sooner without them.
     if config.distributed_executor_backend == "ray":
+        from vllmlite.ranks.ray_nodes import start_on_ray
+
         built = start_on_ray(config, plan)
+    elif config.num_ranks > 1:
+        from vllmlite.ranks.start import start_ranks
+
+        built = start_ranks(config, plan)
     else:
-        built = start_ranks(config, plan) if several else build_runner(config, plan, replica=replica or 0)
+        built = build_runner(config, plan, replica=replica or 0)
     runner, backend = built.runner, built.runner.backend
     two_steps = backend.asynchronous if config.async_scheduling is None else config.async_scheduling
     batched = batched_tokens(config, backend.device)
@@ -125,7 +131,7 @@ def start(config: EngineConfig, replica: int | None = None) -> Started[Engine]:
     stats = engine.stats
     stats.backend, stats.device, stats.dtype = backend.name, backend.device, backend.dtype
     defaults = default_params(config, generation)
-    ranks = runner.group if isinstance(runner, ParallelRunner) else None
+    ranks = None if isinstance(runner, ModelRunner) else runner.group
     return Started(engine, tokenizer, plan.hidden_size, defaults, built.backend_choice, ranks)
 
 
