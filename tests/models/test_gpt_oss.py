@@ -1,4 +1,4 @@
-"""gpt-oss checkpoints with MXFP4 experts, as they are published, against transformers' own reading of them."""
+"""gpt-oss checkpoints with MXFP4 experts, as they are published, against transformers' model of their values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import transformers
 from checkpoints import write_checkpoint
 from gguf_families import metadata_of, tensors_of
 from gguf_files import encode, random_blocks
@@ -34,10 +33,22 @@ SIZES: dict[str, Any] = {
 FLOATS = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
 
-def write_mxfp4(path: Path, largest: int = 0) -> None:
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def values_of(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The weights ``[experts, in, out]`` of MXFP4 ``blocks [experts, out, in / 32, 16]``: a byte has two elements, the
+    first in its low bits; an element is a sign, then an index of E2M1; a scale is an exponent plus 127."""
+    codes = torch.stack((blocks & 15, blocks >> 4), -1).flatten(-2).int()
+    signed = E2M1[codes & 7] * (1 - 2 * (codes >> 3))
+    return torch.ldexp(signed, (scales.int() - 127)[..., None]).flatten(-2).transpose(1, 2)
+
+
+def write_mxfp4(path: Path, largest: int = 0) -> Any:
     """Write a tiny gpt-oss whose experts are random MXFP4 codes with scales of 2 ** -9 to 2 ** -4, and a few of 2 **
-    ``largest``."""
-    state = write_checkpoint(path, "GptOss", **SIZES).state_dict()
+    ``largest``. Return transformers' model of its values, in float32."""
+    reference = write_checkpoint(path, "GptOss", **SIZES)
+    state = reference.state_dict()
     generator = torch.Generator().manual_seed(1)
 
     def draw(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -50,10 +61,12 @@ def write_mxfp4(path: Path, largest: int = 0) -> None:
             tensors[f"{name}_blocks"] = draw(0, 256, experts, rows, columns // 32, 16)
             tensors[f"{name}_scales"] = draw(118, 124, experts, rows, columns // 32)
             tensors[f"{name}_scales"][:, 5, 1] = 127 + largest
+            value.copy_(values_of(tensors[f"{name}_blocks"], tensors[f"{name}_scales"]))
         else:
             tensors[name] = value.clone()
     safetensors.torch.save_file(tensors, path / "model.safetensors", {"format": "pt"})
     edit_config(path, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": FLOATS})
+    return reference
 
 
 @pytest.mark.parametrize("largest", [0, 7])
@@ -61,13 +74,7 @@ def test_mxfp4_equals_transformers(tmp_path: Path, device: str, largest: int) ->
     """With ordinary and with large scales."""
     if device == "native-cuda":
         pytest.skip("gpt-oss runs on cpu, torch only")
-    write_mxfp4(tmp_path, largest)
-    reference = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path,
-        attn_implementation="eager",
-        dtype=torch.float32,
-        quantization_config=transformers.Mxfp4Config(dequantize=True),
-    ).eval()
+    reference = write_mxfp4(tmp_path, largest)
     paged = paged_model(tmp_path, device)
     sequences = prompts()[3:6]
     for found, sequence in zip(chunked(paged, sequences, "ragged"), sequences, strict=True):
