@@ -16,7 +16,7 @@ from vllmlite.models.gguf import in_halves
 from vllmlite.models.gguf_families import FAMILIES as GGUF_FAMILIES
 from vllmlite.models.gguf_families import GgufFamily
 from vllmlite.models.keys import Keys
-from vllmlite.models.multimodal import MULTIMODAL
+from vllmlite.models.multimodal import family_of
 from vllmlite.models.spec import DecoderSpec
 from vllmlite.models.tensors import sources
 from vllmlite.weights.adapter import EMBEDDING, EXPERTS, HEAD, LowRank
@@ -217,7 +217,7 @@ def peft_modules(path: Path, spec: DecoderSpec) -> Modules:
 def gguf_modules(where: str, architecture: str, spec: DecoderSpec) -> Modules:
     """Return the modules of the model ``spec`` by the names in GGUF files of ``architecture``. Raises ModelError, which
     begins with ``where``, if the model is of another one."""
-    name = MULTIMODAL[spec.architecture].family if spec.architecture in MULTIMODAL else spec.architecture
+    name = family_of(spec.architecture)
     for own, family in GGUF_FAMILIES.items():
         if family.architecture == name:
             stored = "llama" if own in ("mistral", "mixtral") else own

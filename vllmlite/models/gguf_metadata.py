@@ -15,7 +15,7 @@ from vllmlite.models.families import read_spec
 from vllmlite.models.gguf import LONG_FACTORS, ROPE_FACTORS, SECOND_NORM, SHORT_FACTORS
 from vllmlite.models.gguf_families import FAMILIES, KEYS, GgufFamily
 from vllmlite.models.keys import Keys
-from vllmlite.models.multimodal import MULTIMODAL
+from vllmlite.models.multimodal import family_of
 from vllmlite.models.rope import inverse_frequencies
 from vllmlite.models.spec import DecoderSpec, RopeSpec
 from vllmlite.weights.host import Floats
@@ -29,7 +29,7 @@ _OF_SPEC = ("keys", "quantization", "architecture", "dtype")
 def gguf_family(source: Path, spec: DecoderSpec) -> tuple[str, GgufFamily]:
     """Return the value of ``general.architecture`` for a model, and its family. Raises ModelError if GGUF files cannot
     hold such a model."""
-    name = MULTIMODAL[spec.architecture].family if spec.architecture in MULTIMODAL else spec.architecture
+    name = family_of(spec.architecture)
     for kind, family in FAMILIES.items():
         if family.architecture == name:
             return "llama" if kind in _LLAMA_NAMES else kind, family

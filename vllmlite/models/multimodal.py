@@ -46,6 +46,11 @@ _RENAMES = (
 _VISION = r"^(model\.)?(vision_tower|multi_modal_projector|visual)\."
 
 
+def family_of(architecture: str) -> str:
+    """Return the architecture of the language model that computes the text of ``architecture``, often itself."""
+    return MULTIMODAL[architecture].family if architecture in MULTIMODAL else architecture
+
+
 def text_config(config: HfConfig, shell: Shell) -> HfConfig:
     """Return the language model's configuration from that of the whole model."""
     text = config.section("text_config")

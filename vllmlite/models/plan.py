@@ -10,7 +10,7 @@ from vllmlite.errors import ModelError, ParameterError
 from vllmlite.models.families import FAMILIES, architecture, read_spec
 from vllmlite.models.hf_config import HfConfig
 from vllmlite.models.hf_fields import checkpoint_dtype
-from vllmlite.models.multimodal import MULTIMODAL
+from vllmlite.models.multimodal import MULTIMODAL, family_of
 from vllmlite.models.spec import DecoderSpec
 
 IMPLEMENTATIONS = ("auto", "native", "transformers")
@@ -69,9 +69,8 @@ def declining(plan: Plan) -> dict[str, str]:
 
 def _on_cuda(spec: DecoderSpec) -> bool:
     """Return whether the cuda backend supports all that the model needs."""
-    family = MULTIMODAL[spec.architecture].family if spec.architecture in MULTIMODAL else spec.architecture
     experts = max(0 if layer.moe is None else layer.moe.num_experts for layer in spec.layers)
-    return FAMILIES[family].cuda and spec.qk_norm != "layer" and experts <= CUDA_EXPERTS
+    return FAMILIES[family_of(spec.architecture)].cuda and spec.qk_norm != "layer" and experts <= CUDA_EXPERTS
 
 
 def plan_model(path: Path, model_impl: str = "auto") -> Plan:
