@@ -14,7 +14,7 @@ from vllmlite.weights.host import (
     HostTensor,
     HostWeight,
     PackedWeight,
-    dequantized,
+    as_floats,
     float_tensor,
     float_values,
 )
@@ -45,7 +45,9 @@ class BaseWeights:
         if place == EMBEDDING:  # the table is stored as [V, hidden]: its columns are the weight's rows
             squares = squares.reshape(-1, len(magnitudes)).sum(0)
         factors = magnitudes / np.sqrt(squares)
-        bias = f"{place}.bias" in self._weights()[0] and float_values(_floats(self._tensor(f"{place}.bias")))
+        bias = f"{place}.bias" in self._weights()[0] and float_values(
+            as_floats(self._tensor(f"{place}.bias"))
+        )
         shift = (1 - factors) * bias
         return np.stack([factors, shift]).astype(np.float32)
 
@@ -70,7 +72,7 @@ class BaseWeights:
     def _squares(self, place: str, change: LowRank) -> Iterator[Floats]:
         """Yield the sums of squares of rows of the changed weight; for the embedding, of its columns, piece by
         piece."""
-        weight = _floats(self._stored(place))
+        weight = as_floats(self._stored(place))
         a, b = float_values(change.a), float_values(change.b) * np.float32(change.scale)
         step = _rows_at_a_time(weight)
         for at in range(0, weight.shape[0], step):
@@ -93,10 +95,6 @@ class BaseWeights:
         if self._opened is None:
             self._opened = self._open()
         return self._opened
-
-
-def _floats(weight: HostWeight) -> HostTensor:
-    return dequantized(weight, "float32") if isinstance(weight, PackedWeight) else weight
 
 
 def _rows_at_a_time(tensor: HostTensor) -> int:

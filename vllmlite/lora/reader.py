@@ -43,9 +43,7 @@ from vllmlite.weights.host import (
     FLOAT_DTYPES,
     ITEM_SIZE,
     HostTensor,
-    HostWeight,
-    PackedWeight,
-    dequantized,
+    as_floats,
     float_tensor,
     float_values,
 )
@@ -260,7 +258,7 @@ class AdapterReader:
                 raise ModelError(f"{where}: tensor {name[:200]!r} is not part of a LoRA adapter")
             module = match["module"]
             factors = by_name.setdefault(module, ModuleTensors(module)).factors
-            factors[match["factor"].upper()] = _floats(tensor)
+            factors[match["factor"].upper()] = as_floats(tensor)
         changes: dict[str, LowRank] = {}
         for name, found in by_name.items():
             rank = found.factors["B"].shape[-1] if "B" in found.factors else 0
@@ -330,10 +328,6 @@ def _values(dtype: str, data: NDArray[np.uint8]) -> NDArray[np.float32]:
         with np.errstate(over="ignore"):
             return data.view("<f8").astype(np.float32)
     return float_values(HostTensor(dtype, (data.size // ITEM_SIZE[dtype],), data))
-
-
-def _floats(tensor: HostWeight) -> HostTensor:
-    return dequantized(tensor, "float32") if isinstance(tensor, PackedWeight) else tensor
 
 
 def _check_finite(what: str, values: NDArray[Any]) -> None:

@@ -231,6 +231,11 @@ def dequantized(weight: PackedWeight, dtype: str) -> HostTensor:
     return HostTensor(dtype, weight.shape, data)
 
 
+def as_floats(weight: HostWeight) -> HostTensor:
+    """Return ``weight`` as it is if its elements are floats, else dequantised to float32."""
+    return dequantized(weight, "float32") if isinstance(weight, PackedWeight) else weight
+
+
 def float_parts(parts: Sequence[HostWeight]) -> list[HostTensor] | None:
     """Return ``parts`` if all of them are plain tensors, else None."""
     floats = [part for part in parts if isinstance(part, HostTensor)]
