@@ -24,7 +24,6 @@ from vllmlite.config.speculative import FIELD as SPECULATIVE
 from vllmlite.config.speculative import (
     PROBABILISTIC,
     SHORTHANDS,
-    WITH_STATES,
     Speculative,
     speculative,
     with_shorthands,
@@ -484,7 +483,7 @@ class EngineConfig:
                 )
         for name, value in tiers:
             speculative = self.speculative()
-            if value and speculative and speculative.draft and speculative.draft.method in WITH_STATES:
+            if value and speculative and speculative.draft and speculative.reads_states:
                 raise ParameterError(
                     name,
                     value,

@@ -138,6 +138,11 @@ class Speculative:
     max_len: int | None = None
     """Maximum length of sequences for which drafts are looked up, in tokens; None: any length."""
 
+    @property
+    def reads_states(self) -> bool:
+        """Whether drafts are computed from the model's hidden states and its embedding table."""
+        return self.draft is not None and self.draft.method in WITH_STATES
+
 
 def with_shorthands(given: Mapping[str, Any], shorthands: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``given``, a ``speculative_config``, with the keys that options of :data:`SHORTHANDS` set. Raises

@@ -14,7 +14,6 @@ from vllmlite.backends.comm import Comm
 from vllmlite.backends.cores import usable_cores
 from vllmlite.backends.select import BackendRequest, select_backend
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.config.speculative import WITH_STATES
 from vllmlite.errors import ParameterError
 from vllmlite.hub import find_model
 from vllmlite.models import load_planned
@@ -143,9 +142,7 @@ def build_runner(
     BackendError or ParameterError."""
     stages, options = config.pipeline_parallel_size, config.speculative()
     if plan.spec is not None:
-        drafts_read_table = (
-            options is not None and options.draft is not None and options.draft.method in WITH_STATES
-        )
+        drafts_read_table = options is not None and options.reads_states
         plan = replace(plan, spec=part_of(plan.spec, rank, world, stages, drafts_read_table))
     elif world > 1:
         raise ParameterError("tensor_parallel_size", world, "transformers' models run on 1 rank")

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from vllmlite.backends.base import Backend
 from vllmlite.config.engine_config import EngineConfig
-from vllmlite.config.speculative import WITH_STATES
 from vllmlite.disk_tier.place_memory import PlaceMemory
 from vllmlite.engine.adapters import AdapterSource
 from vllmlite.engine.drafts import DraftPolicy, StepCost
@@ -151,7 +150,7 @@ def _drafting(config: EngineConfig, built: BuiltRunner[object], two_steps: bool)
         draft_cost=StepCost(built.draft_times) if built.draft_times else None,
         wait=built.waiting_time if two_steps else 0.0,
         fills_cache=options.draft is not None and options.draft.method != "medusa",
-        reads_states=options.draft is not None and options.draft.method in WITH_STATES,
+        reads_states=options.reads_states,
     )
 
 
