@@ -40,8 +40,9 @@ class ChangeableWeights:
     """All weights of a decoder that adapters can change."""
 
     def __init__(self, spec: DecoderSpec, backend: Backend) -> None:
-        self._backend = backend
-        self._shapes, self._hidden = places(spec), spec.output_size
+        self._spec, self._backend = spec, backend
+        self._shapes: dict[str, tuple[int, int]] = {}
+        """Name of a weight → its shape, once adapters are allowed."""
         self._linears: list[Linear] = []
         self._mixtures: list[ExpertLinears] = []
 
@@ -63,13 +64,14 @@ class ChangeableWeights:
     def allocate(self, limits: AdapterLimits) -> None:
         """Allocate tables for the changes by adapters within ``limits``, as far as the backend supports them."""
         backend, abilities = self._backend, {None, *self._backend.adapter_abilities}
+        self._shapes = places(self._spec)
         for linear in self._linears:
             first = linear.names[0]
             if ability(first) not in abilities:
                 continue
             most = limits
             if first in (EMBEDDING, HEAD):  # whole ones have the rank of the hidden states
-                most = replace(limits, max_rank=max(limits.max_rank, self._hidden))
+                most = replace(limits, max_rank=max(limits.max_rank, self._spec.output_size))
             rows = [self._shapes[name][0] for name in linear.names]
             linear.changes = backend.alloc_low_rank(rows, self._shapes[first][1], most)
         for mixture in self._mixtures:
