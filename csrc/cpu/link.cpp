@@ -219,7 +219,8 @@ void Link::receive_frames() {
   shutdown(fd_, SHUT_RDWR);
 }
 
-// Writes what the other side's ranks have written there to this side's memory. False: nothing of the kind can be.
+// Copies what a frame carries, which a rank of the other side has written, to this side's memory. Returns false if the
+// frame is not valid.
 bool Link::take(const Head& head, const std::byte* payload) {
   Ranks::Header& header = *ranks_->header_;
   const int rank = head.rank;

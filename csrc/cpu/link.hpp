@@ -71,7 +71,8 @@ class Link {
   bool is_there(int rank) const { return (rank >= first_ && rank < first_ + count_) == is_hub_; }
   // Whether a rank's parts are needed on the other side.
   bool passes_parts(int rank, int channel) const;
-  // Whether a rank sends to one of the other side in a pipeline (`there`), or one there to it.
+  // Whether the pipeline goes from `rank` to the other side: if `there`, from here to there, otherwise from there to
+  // here.
   bool passes_onward(int rank, bool there) const;
 
   void send_changes();

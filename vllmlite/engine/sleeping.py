@@ -115,11 +115,8 @@ class CanSleep:
             self._empty_pool()
         if level == 2:
             self.scheduler.drop_contents()
-        before, mode.level, mode.asleep = (
-            mode.level,
-            level,
-            TAGS,
-        )  # if this is interrupted now, the engine sleeps
+        before = mode.level
+        mode.level, mode.asleep = level, TAGS  # if this is interrupted now, the engine sleeps
         if level == 2:
             self._set_runner(SleepingRunner())
         try:

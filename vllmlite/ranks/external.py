@@ -199,7 +199,7 @@ class ExternalRunner(ParallelRunner):
             self.group.agree_on_failure(step)
 
     def _take(self, message: object) -> None:
-        """Take in a message of another rank; rank 0 passes results on."""
+        """Queue a message of another rank for the step that waits for it; rank 0 also sends results to all ranks."""
         if isinstance(message, StepDigest):
             self._digests.put(message)
         elif isinstance(message, StepReply):

@@ -35,7 +35,7 @@ class Roster:
         """When the last step that failed failed first."""
 
     def note(self, rank: int, message: Phase | Ready | Failed) -> None:
-        """Take in what a rank says."""
+        """Record a message of a rank about its state."""
         if isinstance(message, Phase):
             self.phases[rank] = message.name
         elif isinstance(message, Ready):

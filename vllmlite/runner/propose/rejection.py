@@ -97,8 +97,8 @@ class RejectionSampler:
         probabilities: NDArray[np.float32],
         ids: NDArray[np.int32] | None = None,
     ) -> None:
-        """Take note that ``token_id`` was drafted for ``position`` in ``slot``, entry ``place`` of ``probabilities``;
-        ``ids`` are the ids of the entries, if not their numbers."""
+        """Record that ``token_id``, which is entry ``place`` of ``probabilities``, was drafted for ``position`` in
+        ``slot``. ``ids`` are the ids of the entries; None: entry i belongs to id i."""
         self._drawn[slot].append(Drawn(position, token_id, float(probabilities[place]), ids, probabilities))
 
     def concerns(self, batch: ForwardBatch) -> bool:
