@@ -14,7 +14,6 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -253,8 +252,12 @@ class CpuBackend(NativeBackend):
         self, batch: ForwardBatch, slots: Any, spec: KVSpec, key: GraphKey | None = None
     ) -> ForwardBatch:
         native = self._runtime.upload(batch, slots, spec.block_size)
-        batch = replace(batch, token_adapters=native.token_adapters, sample_adapters=native.sample_adapters)
-        return uploaded(batch, native)
+        return uploaded(
+            batch,
+            native,
+            token_adapters=native.token_adapters,
+            sample_adapters=native.sample_adapters,
+        )
 
     # Adapters
 

@@ -199,10 +199,17 @@ def _rope_arguments(rope: Rope | None) -> tuple[Tensor | None, int, bool]:
     return (None, 0, False) if rope is None else (rope.cos_sin, rope.rotary_dim, rope.interleaved)
 
 
-def uploaded(batch: ForwardBatch, native: Any) -> ForwardBatch:
-    """Return ``batch`` with the tensors of ``native``, the extension's copy of it."""
+def uploaded(batch: ForwardBatch, native: Any, **tensors: Any) -> ForwardBatch:
+    """Return ``batch`` with the tensors of ``native``, the extension's copy of it, and further ones by field."""
     token_ids, positions, logits_rows = native.tensors()
-    return replace(batch, token_ids=token_ids, positions=positions, logits_rows=logits_rows, backend=native)
+    return replace(
+        batch,
+        token_ids=token_ids,
+        positions=positions,
+        logits_rows=logits_rows,
+        backend=native,
+        **tensors,
+    )
 
 
 def load_extension(name: str) -> Any:

@@ -220,9 +220,8 @@ class Engine(CanSleep):
         try:
             if self.scheduler.adapters.in_use:
                 self._load_adapters(outputs, 0.0)
-            in_pipeline = (
-                self.scheduler.limits.stages > 1
-            )  # where steps in flight have other requests in any case
+            # In a pipeline, steps in flight have other requests in any case.
+            in_pipeline = self.scheduler.limits.stages > 1
             while len(self._in_flight) < self._steps_in_flight:
                 if self._in_flight and not in_pipeline and self._in_flight[-1][0].holds_back():
                     break
